@@ -1,0 +1,97 @@
+"""
+Authorities as public facts: the certificate or key that others verify with.
+
+Source: SPIRE API 5.6 (authority IDs), SEC-12, SEC-15.  Private halves live in `ca`.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Self
+
+from cryptography import x509
+
+from spiffe_core.errors import MalformedError
+from spiffe_core.keys import check_certificate_size, key_of_spki, subject_key_id_of
+from spiffe_core.lifetime import Validity
+
+
+class AuthorityError(MalformedError):
+    """A certificate or key cannot be an authority (SEC-12)."""
+
+
+@dataclass(frozen=True, slots=True)
+class X509Authority:
+    """
+    One CA certificate of a trust domain, as DER.
+
+    *authority_id* is the lower-case hex subject key ID.  Build with `parse`, which
+    checks what an anchor must be.
+    """
+
+    der: bytes
+    authority_id: str
+    validity: Validity
+    tainted: bool = False
+
+    @classmethod
+    def parse(cls, der: bytes, *, tainted: bool = False) -> Self:
+        """
+        Parse one DER CA certificate (SEC-12, SEC-14, SEC-15).
+
+        Raises:
+            AuthorityError: not exactly one certificate, not a CA, or an SVID path in it.
+        """
+        check_certificate_size(der)
+        try:
+            certificate = x509.load_der_x509_certificate(der)
+            constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
+            usage = certificate.extensions.get_extension_for_class(x509.KeyUsage)
+            validity = Validity(
+                certificate.not_valid_before_utc, certificate.not_valid_after_utc
+            )
+            key = certificate.public_key()
+        except x509.ExtensionNotFound as error:
+            raise AuthorityError("an authority needs basicConstraints and keyUsage") from error
+        except Exception as error:  # noqa: BLE001 the parser's errors are many; all mean this
+            raise AuthorityError("not one DER X.509 certificate") from error
+        if not constraints.value.ca:
+            raise AuthorityError("an authority needs cA TRUE; this is a leaf")
+        if not usage.value.key_cert_sign:
+            raise AuthorityError("an authority needs keyCertSign")
+        _check_uri(certificate)
+        return cls(der, subject_key_id_of(certificate, key), validity, tainted)
+
+
+@dataclass(frozen=True, slots=True)
+class JwtAuthority:
+    """One JWT signing key of a trust domain: *public_key* is SPKI DER, *key_id* the ``kid``."""
+
+    key_id: str
+    public_key: bytes = field(repr=False)
+    expires_at: datetime | None = None
+    tainted: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.key_id:
+            raise AuthorityError("missing key ID")
+        if len(self.key_id.encode()) > MAX_KEY_ID_BYTES:
+            raise AuthorityError(f"key ID is longer than {MAX_KEY_ID_BYTES} bytes")
+        if not self.public_key:
+            raise AuthorityError("missing public key")
+        key_of_spki(self.public_key)
+
+
+MAX_KEY_ID_BYTES = 255  # SEC-41
+
+
+def _check_uri(certificate: x509.Certificate) -> None:
+    # C-09: foreign CAs write `spiffe://td/`, so the ID is not parsed; but a path that
+    # names a workload means somebody hands us an SVID as an anchor.
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return
+    for uri in names.value.get_values_for_type(x509.UniformResourceIdentifier):
+        _, _, rest = uri.removeprefix("spiffe://").partition("/")
+        if uri.startswith("spiffe://") and rest:
+            raise AuthorityError("an authority's SPIFFE ID has no path (X509-09)")

@@ -1,0 +1,92 @@
+"""
+The kinds of key we accept, and what is derived from a public key.
+
+Source: SEC-14 (size before parsing), SEC-15, IOP-07, SPIRE API 5.6 (authority IDs).
+"""
+
+import enum
+import hashlib
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+
+from spiffe_core.errors import MalformedError
+
+MAX_CERTIFICATE_BYTES: Final = 16 * 1024  # SEC-14
+MAX_CHAIN_BYTES: Final = 64 * 1024
+MAX_CHAIN_CERTIFICATES: Final = 5
+MAX_CSR_BYTES: Final = 16 * 1024
+MIN_RSA_BITS: Final = 2048  # SEC-15
+MAX_RSA_BITS: Final = 4096
+RSA_EXPONENT: Final = 65537
+
+
+class KeyRefusedError(MalformedError):
+    """A key is of a kind we do not accept."""
+
+
+class KeyKind(enum.Enum):
+    """The kinds of key pair we make."""
+
+    EC_P256 = "ec-p256"
+    EC_P384 = "ec-p384"
+    RSA_2048 = "rsa-2048"
+    RSA_4096 = "rsa-4096"
+
+
+def check_certificate_size(der: bytes) -> None:
+    """
+    Refuse a certificate that is empty or over 16 KiB, before anything parses it (SEC-14).
+
+    Raises:
+        KeyRefusedError: it is.
+    """
+    if not der:
+        raise KeyRefusedError("certificate is empty")
+    if len(der) > MAX_CERTIFICATE_BYTES:
+        raise KeyRefusedError(f"certificate is longer than {MAX_CERTIFICATE_BYTES} bytes")
+
+
+def key_of_spki(der: bytes) -> PublicKeyTypes:
+    """
+    Parse a SubjectPublicKeyInfo and check its kind (SEC-15).
+
+    Raises:
+        KeyRefusedError: unreadable, or of a kind we do not accept.
+    """
+    if len(der) > MAX_CERTIFICATE_BYTES:
+        raise KeyRefusedError("public key is too long")
+    try:
+        key = serialization.load_der_public_key(der)
+    except Exception as error:  # noqa: BLE001 the parser's errors are many; all mean this
+        raise KeyRefusedError("not a DER public key (SubjectPublicKeyInfo)") from error
+    return check_public_key(key)
+
+
+def check_public_key(key: PublicKeyTypes) -> PublicKeyTypes:
+    """
+    Return *key* if an SVID or authority may have it (SEC-15).
+
+    Raises:
+        KeyRefusedError: another algorithm, curve, size or exponent, or a ROCA key.
+    """
+    raise NotImplementedError
+
+
+def spki_of(key: PublicKeyTypes) -> bytes:
+    """Return the SubjectPublicKeyInfo DER of *key*."""
+    return key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def subject_key_id_of(certificate: x509.Certificate, key: PublicKeyTypes) -> str:
+    """Return the lower-case hex subject key ID: the extension's, else SHA-1 of the key bits."""
+    try:
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+        return extension.value.digest.hex()
+    except x509.ExtensionNotFound:
+        return x509.SubjectKeyIdentifier.from_public_key(key).digest.hex()  # type: ignore[arg-type]
