@@ -51,15 +51,40 @@ def install(wanted: str) -> int:
     if stamp.exists() and stamp.read_text() == mark and works():
         return 0
     started = time.monotonic()
-    print(f"setting up .venv for `{wanted}`, once: pinned and hashed packages …", file=sys.stderr)
+    print(
+        f"setting up .venv for `{wanted}`, once: pinned and hashed packages …", file=sys.stderr
+    )
     make_venv()
     pip = pip_command()
     requirements = ROOT / "requirements" / f"{wanted}.txt"
-    run([*pip, "install", "--quiet", "--disable-pip-version-check", "--no-input",
-         "--only-binary", ":all:", "--require-hashes", "-r", str(requirements)])
+    run(
+        [
+            *pip,
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--only-binary",
+            ":all:",
+            "--require-hashes",
+            "-r",
+            str(requirements),
+        ]
+    )
     # The project itself, in place: its build backend is among the hashed packages.
-    run([*pip, "install", "--quiet", "--disable-pip-version-check", "--no-input",
-         "--no-deps", "--no-build-isolation", "--editable", str(ROOT)])
+    run(
+        [
+            *pip,
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--no-deps",
+            "--no-build-isolation",
+            "--editable",
+            str(ROOT),
+        ]
+    )
     for name in SETS[wanted]:
         (VENV / f".installed-{name}").write_text(fingerprint(name))
     print(f"set up in {time.monotonic() - started:.0f} s", file=sys.stderr)
@@ -114,8 +139,9 @@ def pip_command() -> list[str]:
     for outside in ([find_python(), "-m", "pip"], ["pip3"], ["pip"]):
         if not shutil.which(outside[0]):
             continue
-        asked = subprocess.run([*outside, "--python", str(PYTHON), "--version"],
-                               check=False, capture_output=True)
+        asked = subprocess.run(
+            [*outside, "--python", str(PYTHON), "--version"], check=False, capture_output=True
+        )
         if asked.returncode == 0:
             return [*outside, "--python", str(PYTHON)]
     raise Refused("no pip of version 22.3 or newer found; install python3-venv or a newer pip")
@@ -123,7 +149,11 @@ def pip_command() -> list[str]:
 
 def run(command: list[str]) -> None:
     """Run one step; its own output says what went wrong."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    }
     if subprocess.run(command, check=False, env=environment).returncode != 0:
         raise Refused("the step above failed: " + " ".join(command[:4]) + " …")
 

@@ -30,7 +30,10 @@ def plain() -> None:
     if not (vectors / "wycheproof").is_dir():
         left_out("Wycheproof and x509-limbo", "set VECTORS to the folder that holds them")
     if shutil.which("openssl") is None:
-        left_out("openssl verify -x509_strict", "no openssl program here; cryptography verifies instead")
+        left_out(
+            "openssl verify -x509_strict",
+            "no openssl program here; cryptography verifies instead",
+        )
 
 
 def root() -> None:
@@ -41,10 +44,18 @@ def root() -> None:
     missing = [name for name in ("faketime",) if shutil.which(name) is None]
     if missing and shutil.which("apt-get"):
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["apt-get", "-qq", "update"],
-                        ["apt-get", "-qq", "install", "-y", "--no-install-recommends", *missing]):
-            subprocess.run(command, check=False, env=environment,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
+        for command in (
+            ["apt-get", "-qq", "update"],
+            ["apt-get", "-qq", "install", "-y", "--no-install-recommends", *missing],
+        ):
+            subprocess.run(
+                command,
+                check=False,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=300,
+            )
     for name in missing:
         if shutil.which(name) is None:
             left_out(f"tests with {name}", f"{name} is not here and apt could not install it")
