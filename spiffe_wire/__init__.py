@@ -1,0 +1,1 @@
+"""How it is sent: protobuf, status codes, TLS, sockets, peers, settings, logs."""

@@ -1,0 +1,1 @@
+"""Generated from proto/ by tools/genproto.py, in a private descriptor pool; never edited."""
