@@ -73,7 +73,64 @@ def check_public_key(key: PublicKeyTypes) -> PublicKeyTypes:
     Raises:
         KeyRefusedError: another algorithm, curve, size or exponent, or a ROCA key.
     """
-    raise NotImplementedError
+    if isinstance(key, rsa.RSAPublicKey):
+        _check_rsa(key)
+    elif isinstance(key, ec.EllipticCurvePublicKey):
+        if not isinstance(key.curve, _CURVES):
+            raise KeyRefusedError("EC keys must be on P-256, P-384 or P-521")
+    elif not isinstance(key, ed25519.Ed25519PublicKey):
+        raise KeyRefusedError("keys must be RSA, EC or Ed25519")
+    return key
+
+
+def _check_rsa(key: rsa.RSAPublicKey) -> None:
+    if not MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
+        raise KeyRefusedError(f"RSA keys must have {MIN_RSA_BITS} to {MAX_RSA_BITS} bits")
+    numbers = key.public_numbers()
+    if numbers.e != RSA_EXPONENT:
+        raise KeyRefusedError(f"RSA keys must have the exponent {RSA_EXPONENT}")
+    if all((mask >> (numbers.n % prime)) & 1 for prime, mask in _ROCA):
+        raise KeyRefusedError(
+            "RSA key has the ROCA fingerprint (CVE-2017-15361): make a new one"
+        )
+
+
+_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+
+
+def _powers_of(generator: int, prime: int) -> int:
+    """Bit r is set when r is a power of *generator* modulo *prime*."""
+    mask, value = 0, 1
+    while not mask >> value & 1:
+        mask |= 1 << value
+        value = value * generator % prime
+    return mask
+
+
+# ROCA: the faulty library's primes are powers of 65537 modulo many small primes, and so is
+# their product.  A sound modulus passes all of these with a chance below 2**-27.
+_ROCA = tuple(
+    (prime, _powers_of(RSA_EXPONENT, prime))
+    for prime in (
+        11,
+        13,
+        17,
+        19,
+        37,
+        53,
+        61,
+        71,
+        73,
+        79,
+        97,
+        103,
+        107,
+        109,
+        127,
+        151,
+        157,
+    )
+)
 
 
 def spki_of(key: PublicKeyTypes) -> bytes:

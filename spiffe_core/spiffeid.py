@@ -131,9 +131,7 @@ class SpiffeId:
             SpiffeIdError: foreign, without a path, or in the reserved namespace.
         """
         if self.trust_domain != trust_domain:
-            raise SpiffeIdError(
-                f'"{self}" is not a workload in trust domain "{trust_domain}"'
-            )
+            raise SpiffeIdError(f'"{self}" is not a workload in trust domain "{trust_domain}"')
         if not self.path:
             raise SpiffeIdError(
                 f'"{self}" is not a workload in trust domain "{trust_domain}"; path is empty'

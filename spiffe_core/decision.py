@@ -1,0 +1,129 @@
+"""
+The one decision: which entries does a process get, and why not the others.
+
+Source: architecture A3; SEC-03, SEC-35, WAPI-25, WAPI-56, IOP-28.  Used by the agent, by
+the server and by every explanation, so that all of them say the same.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Final
+
+from spiffe_core.entry import RegistrationEntry
+from spiffe_core.selector import Selector, SelectorSet
+
+MAX_NEAR_MISSES: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class NearMiss:
+    """An entry that did not match, and what stood in its way."""
+
+    entry: RegistrationEntry
+    missing: tuple[Selector, ...]
+    """Wanted by the entry and not attested."""
+    have: tuple[Selector, ...]
+    """Attested, of the same kind as something missing, with another value."""
+    expired: bool
+
+    @property
+    def difference(self) -> str:
+        """The one fact that differs, as text."""
+        if self.expired and not self.missing:
+            return "the entry has expired"
+        if len(self.missing) == 1 and len(self.have) == 1:
+            return f"the entry wants {self.missing[0]}, the process has {self.have[0]}"
+        wanted = ", ".join(map(str, self.missing))
+        return f"the entry wants {wanted}, which the process does not have"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What *selectors* get out of *considered* entries, and the trace of it."""
+
+    selectors: SelectorSet
+    matched: tuple[RegistrationEntry, ...]
+    """The oldest first, so that the default identity stays the same (WAPI-56)."""
+    near_misses: tuple[NearMiss, ...]
+    considered: int
+    partial: Mapping[str, str] = field(default_factory=dict)
+    """Attestors that could not vouch, and why: what they know is absent (SEC-35)."""
+    dropped_hints: tuple[RegistrationEntry, ...] = ()
+    """Matched, but an older entry has the same hint (IOP-28)."""
+
+    @property
+    def reason(self) -> str:
+        """One word for programs: identity, no_entries, no_match or attestation_failed."""
+        if self.matched:
+            return "identity"
+        if not self.selectors:
+            return "attestation_failed"
+        return "no_match" if self.considered else "no_entries"
+
+
+def decide(
+    selectors: SelectorSet,
+    candidates: Iterable[RegistrationEntry],
+    *,
+    at: datetime,
+    partial: Mapping[str, str] | None = None,
+) -> Decision:
+    """
+    Decide which of *candidates* a process with *selectors* gets at the instant *at*.
+
+    An entry matches when every selector it asks for was attested, and it has not expired.
+    """
+    matched: list[RegistrationEntry] = []
+    missed: list[NearMiss] = []
+    considered = 0
+    for entry in candidates:
+        considered += 1
+        missing = entry.selectors - selectors
+        expired = entry.is_expired(at)
+        if missing or expired:
+            missed.append(_near_miss(entry, missing, selectors, expired=expired))
+        else:
+            matched.append(entry)
+    matched.sort(key=age)
+    kept, dropped = _one_of_each_hint(matched)
+    missed.sort(key=lambda miss: (len(miss.missing), -len(miss.have), miss.entry.id))
+    return Decision(
+        selectors,
+        kept,
+        tuple(missed[:MAX_NEAR_MISSES]),
+        considered,
+        dict(partial or {}),
+        dropped,
+    )
+
+
+def age(entry: RegistrationEntry) -> tuple[datetime, str]:
+    """Sort key: the oldest entry first, then by id."""
+    return entry.created_at or datetime.max.replace(tzinfo=UTC), entry.id
+
+
+def _one_of_each_hint(
+    entries: Iterable[RegistrationEntry],
+) -> tuple[tuple[RegistrationEntry, ...], tuple[RegistrationEntry, ...]]:
+    kept, dropped, hints = [], [], set()
+    for entry in entries:
+        if entry.hint and entry.hint in hints:
+            dropped.append(entry)
+            continue
+        hints.add(entry.hint)
+        kept.append(entry)
+    return tuple(kept), tuple(dropped)
+
+
+def _near_miss(
+    entry: RegistrationEntry, missing: SelectorSet, attested: SelectorSet, *, expired: bool
+) -> NearMiss:
+    kinds = {_kind(one) for one in missing}
+    have = sorted(one for one in attested - entry.selectors if _kind(one) in kinds)
+    return NearMiss(entry, tuple(sorted(missing)), tuple(have), expired)
+
+
+def _kind(selector: Selector) -> tuple[str, str]:
+    # unix:uid:1000 and unix:uid:1001 are of one kind; a value without a colon is its own.
+    return selector.type, selector.value.partition(":")[0]

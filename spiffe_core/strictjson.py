@@ -1,0 +1,114 @@
+"""
+The one strict JSON reader and the one strict base64url reader (SEC-05, T-30).
+
+The standard library keeps the last of two equal members, reads NaN, and skips junk in
+base64; each of these has been a vulnerability somewhere.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NoReturn, TypeAlias
+
+from spiffe_core.errors import MalformedError
+
+Json: TypeAlias = Mapping[str, Any] | Sequence[Any] | str | int | float | bool | None
+
+MAX_DEPTH: Final = 32  # SEC-05
+MAX_INTEGER: Final = 2**53  # SEC-05; beyond it other readers lose digits
+MAX_BYTES: Final = 1024 * 1024
+
+_BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
+
+
+class StrictJsonError(MalformedError):
+    """Text is not the one thing every reader would agree it is."""
+
+
+def loads(
+    data: bytes | str, *, max_depth: int = MAX_DEPTH, max_integer: int = MAX_INTEGER
+) -> Any:
+    """
+    Parse one JSON document.
+
+    Raises:
+        StrictJsonError: not UTF-8, a duplicate member, NaN or Infinity, deeper than
+            *max_depth*, an integer beyond *max_integer*, or anything behind the document.
+    """
+    if len(data) > MAX_BYTES:
+        raise StrictJsonError("JSON is longer than 1 MiB")
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+    except UnicodeDecodeError as error:
+        raise StrictJsonError("JSON is not UTF-8") from error
+    _check_depth(text, max_depth)
+
+    def integer(digits: str) -> int:
+        # Length before value: int() of a long text is quadratic.
+        if len(digits) > 21 or not -max_integer <= (value := int(digits)) <= max_integer:
+            raise StrictJsonError("a JSON integer is out of range")
+        return value
+
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_constant,
+            parse_int=integer,
+        )
+    except ValueError as error:
+        raise StrictJsonError("not JSON") from error
+
+
+def dumps(value: Json) -> bytes:
+    """Return *value* as compact UTF-8 JSON; NaN and Infinity are refused."""
+    return json.dumps(
+        value, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def b64url_encode(data: bytes) -> str:
+    """Return *data* as base64url without padding (RFC 7515 2)."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def b64url_decode(text: str) -> bytes:
+    """
+    Parse base64url as RFC 7515 has it: no padding, no white space, no spare bits set.
+
+    Raises:
+        StrictJsonError: anything else.
+    """
+    if _BASE64URL.fullmatch(text) is None or len(text) % 4 == 1:
+        raise StrictJsonError("not base64url without padding")
+    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if b64url_encode(data) != text:
+        raise StrictJsonError("base64url has non-zero spare bits")
+    return data
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise StrictJsonError("a JSON object has two members of one name")
+    return made
+
+
+def _constant(_: str) -> NoReturn:
+    raise StrictJsonError("NaN and Infinity are not JSON")
+
+
+def _check_depth(text: str, limit: int) -> None:
+    # Before the parser recurses.  Brackets inside strings are skipped.
+    depth = 0
+    for token in _STRUCTURE.findall(text):
+        if token in ("[", "{"):
+            depth += 1
+            if depth > limit:
+                raise StrictJsonError(f"JSON is nested deeper than {limit}")
+        elif token in ("]", "}"):
+            depth -= 1
+
+
+_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]', re.DOTALL)
