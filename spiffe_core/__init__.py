@@ -1,1 +1,1 @@
-"""What SPIFFE means: IDs, SVIDs, bundles, selectors, entries, decisions.  Pure, no clock, no I/O."""
+"""What SPIFFE means: IDs, SVIDs, bundles, selectors, entries, decisions.  No clock, no I/O."""

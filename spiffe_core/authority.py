@@ -52,7 +52,7 @@ class X509Authority:
             key = certificate.public_key()
         except x509.ExtensionNotFound as error:
             raise AuthorityError("an authority needs basicConstraints and keyUsage") from error
-        except Exception as error:  # noqa: BLE001 the parser's errors are many; all mean this
+        except Exception as error:
             raise AuthorityError("not one DER X.509 certificate") from error
         if not constraints.value.ca:
             raise AuthorityError("an authority needs cA TRUE; this is a leaf")

@@ -178,7 +178,7 @@ def _check_signature(token: str, algorithm: str, authority: JwtAuthority) -> Non
         raise JwtSvidError("token signature has the wrong length")
     try:
         good = verifier.verify(signed.encode(), key, raw)
-    except Exception as error:  # noqa: BLE001 whatever the library objects to
+    except Exception as error:
         raise JwtSvidError("token signature does not verify") from error
     if not good:
         raise JwtSvidError("token signature does not verify")

@@ -137,7 +137,7 @@ def _parse_chain(chain: Sequence[bytes]) -> list[x509.Certificate]:
         raise
     except KeyRefusedError as error:
         raise X509SvidError(str(error)) from error
-    except Exception as error:  # noqa: BLE001 the parser's errors are many; all mean this
+    except Exception as error:
         raise X509SvidError("not a DER X.509 certificate") from error
     return certificates
 
@@ -208,7 +208,7 @@ def _id_of(extensions: x509.Extensions, *, subject_is_empty: bool) -> SpiffeId:
 def _extensions(certificate: x509.Certificate) -> x509.Extensions:
     try:
         return certificate.extensions
-    except Exception as error:  # noqa: BLE001 duplicates and bad DER alike
+    except Exception as error:
         raise X509SvidError("certificate extensions cannot be read") from error
 
 

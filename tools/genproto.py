@@ -3,10 +3,9 @@ Generate spiffe_wire/pb from proto/ (`make proto`).
 
 Messages go into one private descriptor pool, so that our code, py-spiffe and xds-protos can
 share a process: the Workload API's file has no package, and a second copy of its names in
-protobuf's global pool is a TypeError.  protoc's own type stubs (.pyi) come beside them.
+protobuf's global pool is a TypeError.
 """
 
-import re
 import subprocess
 import sys
 import tempfile
@@ -36,20 +35,25 @@ def main() -> int:
         described = Path(scratch) / "all.bin"
         subprocess.run(
             [
-                sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}", f"-I{WELL_KNOWN}",
-                f"--descriptor_set_out={described}", "--include_imports", f"--pyi_out={scratch}", *names,
+                sys.executable,
+                "-m",
+                "grpc_tools.protoc",
+                f"-I{PROTO}",
+                f"-I{WELL_KNOWN}",
+                f"--descriptor_set_out={described}",
+                "--include_imports",
+                *names,
             ],
             check=True,
         )
         files = FileDescriptorSet.FromString(described.read_bytes())
-        stubs = {name: (Path(scratch) / name.replace(".proto", "_pb2.pyi")).read_text() for name in names}
     for file in files.file:
-        if file.name in stubs:
-            write(file, stubs[file.name])
+        if file.name in names:
+            write(file)
     return 0
 
 
-def write(file: FileDescriptorProto, stub: str) -> None:
+def write(file: FileDescriptorProto) -> None:
     """Write the modules of one .proto file."""
     target = OUT / file.name.replace(".proto", "_pb2.py")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,19 +63,18 @@ def write(file: FileDescriptorProto, stub: str) -> None:
         if not (folder / "__init__.py").exists():
             (folder / "__init__.py").write_text("")
     target.write_text(messages(file))
-    target.with_suffix(".pyi").write_text(MARK + IMPORT.sub(rf"from {PACKAGE}.\1 import", BARE.sub(rf"from {PACKAGE} import \1 as", stub)))
     if file.service:
         target.with_name(target.name.replace("_pb2", "_pb2_grpc")).write_text(services(file))
-
-
-IMPORT = re.compile(r"^from (?!google\.protobuf)((?:spire|spiffe_issuer|grpc|google)\.[\w.]+) import", re.MULTILINE)
-BARE = re.compile(r"^import (\w+_pb2) as", re.MULTILINE)
 
 
 def messages(file: FileDescriptorProto) -> str:
     """The module that loads one file into the private pool and names what is in it."""
     lines = [MARK, f'"""Messages of {file.name}."""\n', "from spiffe_wire.pb import _pool"]
-    lines += [f"import {module(name)}" for name in file.dependency if not name.startswith("google/protobuf/")]
+    lines += [
+        f"import {module(name)}"
+        for name in file.dependency
+        if not name.startswith("google/protobuf/")
+    ]
     lines += ["", f"DESCRIPTOR = _pool.load({file.SerializeToString()!r})"]
     prefix = f"{file.package}." if file.package else ""
     lines += [f'{one.name} = _pool.message("{prefix}{one.name}")' for one in file.message_type]
@@ -94,13 +97,28 @@ def module(name: str) -> str:
 
 def services(file: FileDescriptorProto) -> str:
     """Stubs, servicers and registration, in grpcio's own form."""
-    used = {type_of(name) for service in file.service for method in service.method
-            for name in (method.input_type, method.output_type)}
-    lines = [MARK, f'"""Services of {file.name}."""\n', "from typing import Any", "", "import grpc", "",
-             "from spiffe_wire.pb import _pool"]
+    used = {
+        type_of(name)
+        for service in file.service
+        for method in service.method
+        for name in (method.input_type, method.output_type)
+    }
+    lines = [
+        MARK,
+        f'"""Services of {file.name}."""\n',
+        "from typing import Any",
+        "",
+        "import grpc",
+        "",
+        "from spiffe_wire.pb import _pool",
+    ]
     # Importing the messages' modules is what puts them into the pool.
     lines += [f"import {module(file.name)}"]
-    lines += [f"import {module(name)}" for name in file.dependency if not name.startswith("google/protobuf/")]
+    lines += [
+        f"import {module(name)}"
+        for name in file.dependency
+        if not name.startswith("google/protobuf/")
+    ]
     lines += [f'_{name.replace(".", "_")} = _pool.message("{name}")' for name in sorted(used)]
     for service in file.service:
         lines += ["", "", *service_lines(service, file.package)]

@@ -1,0 +1,127 @@
+"""
+The agent's way out: a grpcio channel whose server is proved by SPIFFE ID before a byte.
+
+Source: transport (agent as client), T-10, SEC-57.  grpcio's own TLS wants a host name and
+can't compare a SPIFFE ID, so it dials a private Unix socket; for each of its connections we
+dial the server, verify the chain, and only then join the two.
+"""
+
+import asyncio
+import contextlib
+import shutil
+import ssl
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+
+from spiffe_core.errors import SpiffeError
+from spiffe_wire.frontdoor.splice import Leg, join
+from spiffe_wire.frontdoor.tls import peer_chain
+
+CONNECT_TIMEOUT = 5.0
+"""Seconds for the TCP connection and the handshake together."""
+
+CheckServer = Callable[[tuple[bytes, ...]], None]
+"""Verifies the server's chain and compares its SPIFFE ID, or raises."""
+
+
+class Dialer:
+    """
+    A channel to *host*:*port*, as an async context manager.
+
+    *context* and *check* are asked for every connection, so that a rotation needs only
+    `reconnect`.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        context: Callable[[], ssl.SSLContext],
+        check: CheckServer,
+        runtime_dir: Path,
+    ) -> None:
+        self._address = (host, port)
+        self._context = context
+        self._check = check
+        self._runtime_dir = runtime_dir
+        self._legs: set[Leg] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.problem = ""
+        """Why the last connection failed; empty after one that did not."""
+
+    async def __aenter__(self) -> Self:
+        self._runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._private = Path(tempfile.mkdtemp(prefix="c", dir=self._runtime_dir))
+        path = self._private / "s"
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_unix_server(self._accept, str(path))
+        self._channel = grpc.aio.insecure_channel(
+            f"unix:{path}",
+            options=[
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.initial_reconnect_backoff_ms", 200),
+                ("grpc.max_reconnect_backoff_ms", 5000),
+                ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+            ],
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+        self._listener.close()
+        self.cut()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        shutil.rmtree(self._private, ignore_errors=True)
+
+    @property
+    def channel(self) -> Any:
+        """The grpcio channel; it survives reconnections."""
+        return self._channel
+
+    def cut(self) -> None:
+        """End every connection now; the next call dials anew, with the context of then."""
+        for leg in list(self._legs):
+            leg.close()
+
+    def _accept(self) -> Leg:
+        near = Leg(lambda: self._legs.discard(near))
+        self._legs.add(near)
+        task = asyncio.get_running_loop().create_task(self._dial(near))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return near
+
+    async def _dial(self, near: Leg) -> None:
+        loop = asyncio.get_running_loop()
+        far = Leg()
+        host, port = self._address
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                transport, _ = await loop.create_connection(
+                    lambda: far, host, port, ssl=self._context(), server_hostname=_sni(host)
+                )
+            tls = transport.get_extra_info("ssl_object")
+            self._check(peer_chain(tls))
+            if tls.selected_alpn_protocol() != "h2":
+                raise ssl.SSLError("the server does not speak HTTP/2")
+        except (SpiffeError, OSError, TimeoutError) as error:
+            self.problem = f"{host}:{port}: {str(error) or type(error).__name__}"
+            far.close()
+            near.close()
+            return
+        self.problem = ""
+        join(near, far)
+
+
+def _sni(host: str) -> str:
+    # asyncio wants a name when it does TLS; nobody routes or decides by it.
+    with contextlib.suppress(ValueError):
+        return host.encode("idna").decode()
+    return "localhost"

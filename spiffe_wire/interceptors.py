@@ -1,0 +1,99 @@
+"""
+What every call of ours passes: errors become status codes here, and calls are counted.
+
+Only `ErrorInterceptor` calls `status_of`; servicers raise.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import grpc
+
+from spiffe_wire.logs import event
+from spiffe_wire.status import DETAILS_KEY, status_of
+
+_log = logging.getLogger(__name__)
+
+OnCall = Callable[[str, str, float], None]
+"""Told of each finished call: full method, code name, seconds."""
+
+Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Maps exceptions to status codes for all four shapes of call, and reports each call."""
+
+    def __init__(self, on_call: OnCall = lambda *_: None) -> None:
+        self._on_call = on_call
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
+        """Wrap the handler of a known method; an unknown one stays UNIMPLEMENTED."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        for shape, factory in _SHAPES.items():
+            inner = getattr(handler, shape)
+            if inner is not None:
+                wrap = self._stream if shape.endswith("_stream") else self._unary
+                return factory(
+                    wrap(method, inner),
+                    request_deserializer=handler.request_deserializer,
+                    response_serializer=handler.response_serializer,
+                )
+        return handler
+
+    def _unary(self, method: str, inner: Handler) -> Handler:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            started = time.monotonic()
+            try:
+                answer = await inner(request, context)
+            except Exception as error:  # noqa: BLE001 everything becomes a status
+                await self._fail(method, started, error, context)
+            self._on_call(method, "OK", time.monotonic() - started)
+            return answer
+
+        return call
+
+    def _stream(self, method: str, inner: Handler) -> Handler:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            started = time.monotonic()
+            try:
+                async for answer in inner(request, context):
+                    yield answer
+            except Exception as error:  # noqa: BLE001 everything becomes a status
+                await self._fail(method, started, error, context)
+            self._on_call(method, "OK", time.monotonic() - started)
+
+        return call
+
+    async def _fail(
+        self,
+        method: str,
+        started: float,
+        error: Exception,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        if isinstance(error, grpc.aio.AbortError | asyncio.CancelledError):
+            raise error
+        outcome = status_of(error)
+        self._on_call(method, outcome.code.name, time.monotonic() - started)
+        if outcome.code is grpc.StatusCode.INTERNAL:
+            event(_log, logging.ERROR, "call_failed", method=method, exc_info=error)
+        if outcome.details is not None:
+            context.set_trailing_metadata(((DETAILS_KEY, outcome.details),))
+        await context.abort(outcome.code, outcome.text)
+
+
+_SHAPES: Final[dict[str, Callable[..., grpc.RpcMethodHandler]]] = {
+    "unary_unary": grpc.unary_unary_rpc_method_handler,
+    "unary_stream": grpc.unary_stream_rpc_method_handler,
+    "stream_unary": grpc.stream_unary_rpc_method_handler,
+    "stream_stream": grpc.stream_stream_rpc_method_handler,
+}
