@@ -1,0 +1,1 @@
+"""The signing: profiles, keys, rotation.  Knows no database and no transport."""

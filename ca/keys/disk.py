@@ -1,0 +1,175 @@
+"""
+Keys in files: one PKCS#8 file of mode 0600 a key, in a folder of mode 0700.
+
+Source: SEC-61.  A file appears whole or not at all, and one that is damaged, linked, or
+readable by others is refused with its name; it is never replaced by a new key in silence.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+
+from ca.keys.protocol import (
+    KeyPurpose,
+    KeyStoreError,
+    PrivateKey,
+    SigningKey,
+    generate_private_key,
+    pkcs8_of,
+)
+from spiffe_core.keys import KeyKind
+
+MAX_FILE_BYTES: Final = 16 * 1024
+_SHA256: Final = hashes.SHA256()
+_ECDSA: Final = ec.ECDSA(_SHA256)
+_PKCS1: Final = padding.PKCS1v15()
+_NAME = re.compile(r"[a-z0-9-]{1,100}")
+
+
+class DiskKeyManager:
+    """A `KeyManager` on a folder, which it makes if it is not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    async def generate(self, key_id: str, kind: KeyKind, purpose: KeyPurpose) -> SigningKey:
+        """Make a key and keep it; see `KeyManager`."""
+        return await asyncio.to_thread(self._generate, key_id, kind, purpose)
+
+    async def load(self, key_id: str, purpose: KeyPurpose) -> SigningKey:
+        """Return a key; see `KeyManager`."""
+        return await asyncio.to_thread(self._load, key_id, purpose)
+
+    async def delete(self, key_id: str) -> None:
+        """Remove every file of a key."""
+
+        def remove() -> None:
+            for purpose in KeyPurpose:
+                with contextlib.suppress(FileNotFoundError):
+                    self._path(key_id, purpose).unlink()
+
+        await asyncio.to_thread(remove)
+
+    async def key_ids(self) -> frozenset[str]:
+        """Return the names of all keys in the folder."""
+
+        def names() -> frozenset[str]:
+            if not self._folder.is_dir():
+                return frozenset()
+            return frozenset(one.name.split(".")[0] for one in self._folder.glob("*.key"))
+
+        return await asyncio.to_thread(names)
+
+    def _path(self, key_id: str, purpose: KeyPurpose) -> Path:
+        if _NAME.fullmatch(key_id) is None:
+            raise KeyStoreError("a key's name must be a-z 0-9 and -")
+        return self._folder / f"{key_id}.{purpose.value}.key"
+
+    def _generate(self, key_id: str, kind: KeyKind, purpose: KeyPurpose) -> SigningKey:
+        path = self._path(key_id, purpose)
+        private = generate_private_key(kind)
+        make_private_folder(self._folder)
+        if path.exists():
+            raise KeyStoreError(f"{path} exists already")
+        write_private_file(path, pkcs8_of(private))
+        return SigningKey(key_id, purpose, private)
+
+    def _load(self, key_id: str, purpose: KeyPurpose) -> SigningKey:
+        path = self._path(key_id, purpose)
+        data = read_private_file(path)
+        try:
+            # Ours, so the slow check of RSA numbers is left out; it would hold the GIL.
+            private = serialization.load_der_private_key(
+                data, password=None, unsafe_skip_rsa_key_validation=True
+            )
+        except (ValueError, TypeError) as error:
+            raise KeyStoreError(f"{path} is damaged: restore it from a backup") from error
+        if not isinstance(private, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+            raise KeyStoreError(f"{path} holds a key of another kind")
+        return SigningKey(key_id, purpose, _checked(private, path))
+
+
+def _checked(private: PrivateKey, path: Path) -> PrivateKey:
+    # A flipped bit can leave a key that parses; what it signs must verify.
+    try:
+        if isinstance(private, ec.EllipticCurvePrivateKey):
+            signature = private.sign(b"check", _ECDSA)
+            private.public_key().verify(signature, b"check", _ECDSA)
+        else:
+            signature = private.sign(b"check", _PKCS1, _SHA256)
+            private.public_key().verify(signature, b"check", _PKCS1, _SHA256)
+    except Exception as error:
+        raise KeyStoreError(f"{path} is damaged: restore it from a backup") from error
+    return private
+
+
+def make_private_folder(folder: Path) -> None:
+    """
+    Make *folder* with mode 0700, or see that it is ours alone.
+
+    Raises:
+        KeyStoreError: somebody else owns it or can enter it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise KeyStoreError(f"{folder} must be a folder that belongs to this user")
+    if found.st_mode & 0o077:
+        raise KeyStoreError(f"{folder} is open to others: chmod 0700 {folder}")
+
+
+def write_private_file(path: Path, data: bytes) -> None:
+    """
+    Write a file of mode 0600 in one step: temporary, fsync, rename, fsync of the folder.
+
+    Raises:
+        KeyStoreError: it cannot be written; what was there stays.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()  # left by a crash; O_EXCL below refuses links
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise KeyStoreError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_private_file(path: Path) -> bytes:
+    """
+    Read a file that is ours alone.
+
+    Raises:
+        KeyStoreError: missing, a link, another's, readable by others, or too long.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+                raise KeyStoreError(f"{path} must be a plain file that belongs to this user")
+            if found.st_mode & 0o077:
+                raise KeyStoreError(f"{path} is open to others: chmod 0600 {path}")
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise KeyStoreError(
+            f"cannot read {path}: {error.strerror}; restore it from a backup"
+        ) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise KeyStoreError(f"{path} is too long to be a key")
+    return data

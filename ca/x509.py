@@ -1,0 +1,251 @@
+"""
+X.509 signing: prepare, sign, look at what was signed, hand out.
+
+Source: X509-01 to X509-46 (issuing), conformance 3.4, SEC-16, SEC-20, SEC-22, SEC-24,
+architecture A6.  `prepare_x509` takes parsed values only; `sign_x509` takes what it returns,
+once; and the finished DER is parsed back and compared before it leaves.
+"""
+
+import secrets
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from ca.active import ActiveX509, signature_hash
+from ca.keys.protocol import KeyPurpose, SigningKey
+from spiffe_core.authority import X509Authority
+from spiffe_core.errors import InternalError, MalformedError, NotReadyError
+from spiffe_core.keys import key_of_spki, spki_of
+from spiffe_core.lifetime import Validity
+from spiffe_core.spiffeid import SpiffeId, TrustDomain
+from spiffe_core.x509svid import X509Svid
+
+MAX_BACKDATE: Final = timedelta(minutes=5)  # SEC-16
+SERIAL_BITS: Final = 159  # at most 20 octets, positive (X509-45, SEC-22)
+
+
+class LintError(InternalError):
+    """What was signed is not what was prepared; it was thrown away."""
+
+
+@dataclass(frozen=True, slots=True)
+class X509Profile:
+    """How leaves are made; usable only once `checked` (SEC-24)."""
+
+    default_ttl: timedelta = timedelta(hours=1)
+    max_ttl: timedelta = timedelta(hours=24)
+    backdate: timedelta = timedelta(seconds=60)
+
+    def __post_init__(self) -> None:
+        if not timedelta(0) < self.default_ttl <= self.max_ttl:
+            raise MalformedError("X.509-SVID lifetime must be above 0 and within its cap")
+        if not timedelta(0) <= self.backdate <= MAX_BACKDATE:
+            raise MalformedError("backdate must be 0 to 5 minutes")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedProfile:
+    """A profile that made a good certificate with a throw-away key; only `ca.lint` makes one."""
+
+    profile: X509Profile
+
+
+@dataclass(slots=True)
+class PreparedX509:
+    """One certificate to be; it can be signed once."""
+
+    spiffe_id: SpiffeId
+    public_key: bytes = field(repr=False)
+    validity: Validity
+    dns_names: tuple[str, ...]
+    serial_number: int
+    clamped: bool
+    authority: ActiveX509
+    _spent: bool = False
+
+    def spend(self) -> None:
+        """
+        Use it up.
+
+        Raises:
+            LintError: it was signed already.
+        """
+        if self._spent:
+            raise LintError("a prepared certificate is signed once")
+        self._spent = True
+
+
+@dataclass(frozen=True, slots=True)
+class SignedX509:
+    """A leaf that is ready to be recorded and handed out; *clamped* when it lives shorter."""
+
+    svid: X509Svid
+    authority_id: str
+    clamped: bool
+
+
+def prepare_x509(
+    checked: CheckedProfile,
+    authority: ActiveX509,
+    *,
+    spiffe_id: SpiffeId,
+    public_key: bytes,
+    now: datetime,
+    ttl: timedelta = timedelta(0),
+    dns_names: tuple[str, ...] = (),
+) -> PreparedX509:
+    """
+    Decide everything about one leaf; *ttl* of zero means the default.
+
+    Raises:
+        NotReadyError: the authority ends before the leaf would begin to be of use.
+        MalformedError: the ID has no path, or the lifetime is negative.
+    """
+    if not spiffe_id.path:
+        raise MalformedError("a leaf's SPIFFE ID must have a path")
+    if ttl < timedelta(0):
+        raise MalformedError("X.509-SVID TTL is negative")
+    profile = checked.profile
+    wanted = ttl or profile.default_ttl
+    begin = now.replace(microsecond=0) - profile.backdate
+    ends = authority.authority.validity
+    end = min(now.replace(microsecond=0) + min(wanted, profile.max_ttl), ends.not_after)
+    if end <= now:
+        raise NotReadyError("the X.509 authority has expired; it is renewed by itself")
+    return PreparedX509(
+        spiffe_id,
+        public_key,
+        Validity(max(begin, ends.not_before), end),
+        dns_names,
+        random_serial(),
+        end < now.replace(microsecond=0) + wanted,
+        authority,
+    )
+
+
+def sign_x509(prepared: PreparedX509) -> SignedX509:
+    """
+    Sign what was prepared, parse it back and compare (SEC-24).
+
+    Raises:
+        LintError: the result differs; nothing leaves.
+    """
+    prepared.spend()
+    authority = prepared.authority
+    private = authority.private
+    certificate = _builder(prepared).sign(private, signature_hash(private))
+    der = certificate.public_bytes(serialization.Encoding.DER)
+    svid = _compared(der, prepared)
+    return SignedX509(svid, authority.authority.authority_id, prepared.clamped)
+
+
+def random_serial() -> int:
+    """159 random bits, never zero."""
+    while True:
+        serial = secrets.randbits(SERIAL_BITS)
+        if serial >> 128:  # SEC-22: at least 128 bits that nobody can guess
+            return serial
+
+
+def self_signed(
+    key: SigningKey, trust_domain: TrustDomain, *, now: datetime, ttl: timedelta
+) -> X509Authority:
+    """Return a root that carries the trust domain's own ID (ID-26, X509-08, C-01)."""
+    private = key.private_for(KeyPurpose.X509_CA)
+    public = private.public_key()
+    serial = random_serial()
+    # The serial number in the name makes it unique for each key (X509-45, T-16).
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "SPIFFE"),
+            x509.NameAttribute(NameOID.SERIAL_NUMBER, str(serial)),
+        ]
+    )
+    uri = x509.UniformResourceIdentifier(trust_domain.id.uri)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(public)
+        .serial_number(serial)
+        .not_valid_before(now.replace(microsecond=0) - timedelta(seconds=60))
+        .not_valid_after(now.replace(microsecond=0) + ttl)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+        .add_extension(x509.SubjectAlternativeName([uri]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .sign(private, signature_hash(private))
+    )
+    return X509Authority.parse(certificate.public_bytes(serialization.Encoding.DER))
+
+
+def _usage(**bits: bool) -> x509.KeyUsage:
+    names = (
+        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
+        "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
+    )  # fmt: skip
+    return x509.KeyUsage(**{name: bits.get(name, False) for name in names})
+
+
+# The same on every leaf, so made once.
+_LEAF_CONSTRAINTS: Final = x509.BasicConstraints(ca=False, path_length=None)
+_LEAF_USAGE: Final = _usage(digital_signature=True)
+_LEAF_PURPOSES: Final = x509.ExtendedKeyUsage(
+    [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+)
+_NO_SUBJECT: Final = x509.Name([])
+
+
+def _builder(prepared: PreparedX509) -> x509.CertificateBuilder:
+    public = key_of_spki(prepared.public_key)
+    names: list[x509.GeneralName] = [
+        x509.UniformResourceIdentifier(prepared.spiffe_id.uri),
+        *(x509.DNSName(name) for name in prepared.dns_names),
+    ]
+    # X509-06: an empty subject needs a critical SAN; a first DNS name goes into the subject
+    # too, for clients that still look there (SPIRE API 7.1).
+    subject = _NO_SUBJECT
+    if prepared.dns_names and len(prepared.dns_names[0]) <= 64:
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, prepared.dns_names[0])])
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(prepared.authority.issuer_name)
+        .public_key(public)  # type: ignore[arg-type]  # checked: RSA, EC or Ed25519
+        .serial_number(prepared.serial_number)
+        .not_valid_before(prepared.validity.not_before)
+        .not_valid_after(prepared.validity.not_after)
+        .add_extension(_LEAF_CONSTRAINTS, critical=True)
+        .add_extension(_LEAF_USAGE, critical=True)
+        .add_extension(_LEAF_PURPOSES, critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=not list(subject))
+        .add_extension(prepared.authority.authority_key_identifier, critical=False)
+        .add_extension(
+            x509.SubjectKeyIdentifier.from_public_key(public),  # type: ignore[arg-type]
+            critical=False,
+        )
+    )
+
+
+def _compared(der: bytes, prepared: PreparedX509) -> X509Svid:
+    try:
+        svid = X509Svid.from_chain((der,))
+        parsed = x509.load_der_x509_certificate(der)
+        names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        same = (
+            svid.spiffe_id == prepared.spiffe_id
+            and svid.serial_number == prepared.serial_number
+            and svid.validity == prepared.validity
+            and spki_of(parsed.public_key()) == prepared.public_key
+            and parsed.issuer == prepared.authority.issuer_name
+            and tuple(names.value.get_values_for_type(x509.DNSName)) == prepared.dns_names
+        )
+    except MalformedError as error:
+        raise LintError("what was signed is not an X509-SVID; it was thrown away") from error
+    if not same:
+        raise LintError("what was signed is not what was prepared; it was thrown away")
+    return svid
