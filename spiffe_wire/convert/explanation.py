@@ -1,0 +1,58 @@
+"""Decisions as ``spiffe_issuer.v1.Explanation``, and the text a person reads."""
+
+from typing import Any
+
+from spiffe_core.decision import Decision
+from spiffe_wire.convert.entry import entry_to_wire, selectors_to_wire
+from spiffe_wire.pb.spiffe_issuer.v1 import explain_pb2
+
+
+def explanation_of(decision: Decision, *, reason: str = "") -> Any:
+    """Return *decision* as a message; *reason* overrides its own word."""
+    reason = reason or decision.reason
+    return explain_pb2.Explanation(
+        selectors=selectors_to_wire(decision.selectors),
+        partial=[
+            explain_pb2.Partial(attestor=attestor, reason=why)
+            for attestor, why in sorted(decision.partial.items())
+        ],
+        matched=[entry_to_wire(entry) for entry in decision.matched],
+        near_misses=[
+            explain_pb2.NearMiss(
+                entry=entry_to_wire(miss.entry),
+                missing=selectors_to_wire(miss.missing),
+                have=selectors_to_wire(miss.have),
+                expired=miss.expired,
+                difference=miss.difference,
+            )
+            for miss in decision.near_misses
+        ],
+        considered=decision.considered,
+        reason=reason,
+        text=text_of(decision, reason),
+    )
+
+
+def text_of(decision: Decision, reason: str) -> str:
+    """Say the decision in a few lines: what was learnt, what matched, what nearly did."""
+    learnt = " ".join(map(str, sorted(decision.selectors))) or "nothing"
+    lines = [f"learnt: {learnt}"]
+    lines += [
+        f"could not vouch: {name}: {why}" for name, why in sorted(decision.partial.items())
+    ]
+    lines += [f"matched: {one.spiffe_id} (entry {one.id})" for one in decision.matched]
+    lines += [
+        f"matched, but an older entry has its hint: {one.spiffe_id} (entry {one.id})"
+        for one in decision.dropped_hints
+    ]
+    if reason == "not_synced":
+        lines.append("the agent has not heard from the server yet")
+    elif reason == "no_entries":
+        lines.append("no entry is registered for this node: `issuer entry create` adds one")
+    elif not decision.matched:
+        lines.append(f"no entry matched, of {decision.considered}")
+        lines += [
+            f"nearest: {miss.entry.spiffe_id} (entry {miss.entry.id}): {miss.difference}"
+            for miss in decision.near_misses[:3]
+        ]
+    return "\n".join(lines)

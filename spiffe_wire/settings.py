@@ -1,0 +1,300 @@
+"""
+Settings of both daemons: YAML and environment into frozen dataclasses, once, at start.
+
+Source: style 7, SEC-95 (unknown means no), SEC-96 (`safe_load` only).  A class of settings
+is a frozen dataclass whose fields are made by `setting`; from it come the loader, the JSON
+schema, an example and the reference page, so that none of them can disagree.
+"""
+
+import dataclasses
+import enum
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import yaml
+
+from spiffe_core.errors import MalformedError
+
+PREFIX: Final = "SPIFFE_ISSUER_"
+MAX_BYTES: Final = 1024 * 1024
+_T = TypeVar("_T")
+_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+)s)?(?:(\d+)ms)?")
+
+
+class SettingsError(MalformedError):
+    """A setting is unknown or impossible; the text starts with its path."""
+
+
+def setting(doc: str, default: Any = MISSING, *, unsafe: bool = False) -> Any:
+    """A field of settings: what it means, and its default unless it must be given."""
+    return dataclasses.field(
+        default=default, metadata={"doc": doc, "unsafe": unsafe}, kw_only=True
+    )
+
+
+def section(doc: str, kind: type[Any]) -> Any:
+    """A field that holds further settings, all of which have defaults."""
+    return dataclasses.field(default_factory=kind, metadata={"doc": doc}, kw_only=True)
+
+
+def load(kind: type[_T], text: str, environment: Mapping[str, str], role: str) -> _T:
+    """
+    Return settings of *kind* from YAML *text*, overridden by *environment*.
+
+    ``SPIFFE_ISSUER_<ROLE>_<KEY>`` sets a key; a dot in its path is two underscores.
+
+    Raises:
+        SettingsError: unknown key, wrong type, impossible value, or one that is missing.
+    """
+    if len(text) > MAX_BYTES:
+        raise SettingsError("settings are longer than 1 MiB")
+    try:
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 a SafeLoader that refuses more
+    except yaml.YAMLError as error:
+        raise SettingsError(f"settings are not YAML: {error}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise SettingsError("settings must be keys and values")
+    _override(kind, tree, environment, f"{PREFIX}{role.upper()}_")
+    return _build(kind, tree, "")
+
+
+def duration(text: str) -> timedelta:
+    """
+    Parse ``1h30m``, ``5s``, ``250ms``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None or not text:
+        raise ValueError("a duration reads 1h30m, 5s or 250ms")
+    days, hours, minutes, seconds, milliseconds = (int(one or 0) for one in match.groups())
+    return timedelta(
+        days=days, hours=hours, minutes=minutes, seconds=seconds, milliseconds=milliseconds
+    )
+
+
+def duration_text(value: timedelta) -> str:
+    """Return *value* in the form that `duration` reads."""
+    left = int(value.total_seconds() * 1000)
+    parts = []
+    for unit, size in (("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count}{unit}")
+    return "".join(parts) or "0s"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One setting, for pages about it."""
+
+    path: str
+    kind: str
+    default: str | None
+    doc: str
+
+
+def rows(kind: type[Any], path: str = "") -> list[Row]:
+    """Every setting of *kind*, in order, with its path."""
+    found = []
+    for field, type_ in _fields(kind):
+        here = f"{path}.{field.name}" if path else field.name
+        if dataclasses.is_dataclass(type_):
+            found += rows(type_, here)
+        else:
+            default = None if field.default is MISSING else _shown(field.default)
+            found.append(Row(here, _named(type_), default, field.metadata["doc"]))
+    return found
+
+
+def example(kind: type[Any], given: Mapping[str, str]) -> str:
+    """Return YAML with every setting at its default; *given* fills those without one."""
+    return "\n".join(_example(kind, given, "", "")) + "\n"
+
+
+def json_schema(kind: type[Any]) -> dict[str, Any]:
+    """Return the JSON schema of the YAML that `load` accepts."""
+    properties: dict[str, Any] = {}
+    required = []
+    for field, type_ in _fields(kind):
+        if dataclasses.is_dataclass(type_):
+            properties[field.name] = json_schema(type_)
+        else:
+            properties[field.name] = _schema(type_)
+        properties[field.name]["description"] = field.metadata["doc"]
+        if field.default is MISSING and field.default_factory is MISSING:
+            required.append(field.name)
+    return {
+        "type": "object", "properties": properties, "additionalProperties": False,
+        **({"required": required} if required else {}),
+    }  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and a duplicate key is an error instead of the last one winning."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in made:
+            raise SettingsError(f"{key}: the key is there twice")
+        made[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return made
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _fields(kind: type[Any]) -> list[tuple[Field[Any], Any]]:
+    hints = typing.get_type_hints(kind)
+    return [(field, hints[field.name]) for field in dataclasses.fields(kind)]
+
+
+def _build(kind: type[_T], tree: Mapping[str, Any], path: str) -> _T:
+    known = dict((field.name, (field, type_)) for field, type_ in _fields(kind))
+    for key in tree:
+        if key not in known:
+            raise SettingsError(
+                f"{path}{key}: no such setting; known here: {', '.join(sorted(known))}"
+            )
+    values: dict[str, Any] = {}
+    for name, (field, type_) in known.items():
+        here = f"{path}{name}"
+        if name not in tree:
+            if field.default is MISSING and field.default_factory is MISSING:
+                raise SettingsError(f"{here}: must be set ({field.metadata['doc']})")
+            continue
+        if dataclasses.is_dataclass(type_):
+            if not isinstance(tree[name], dict):
+                raise SettingsError(f"{here}: must be keys and values")
+            values[name] = _build(typing.cast(type[Any], type_), tree[name], f"{here}.")
+            continue
+        try:
+            values[name] = _value(type_, tree[name])
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"{here}: {error}") from error
+    try:
+        return kind(**values)
+    except SettingsError as error:
+        raise SettingsError(f"{path}{error}") from error
+
+
+def _value(type_: Any, given: Any) -> Any:
+    if typing.get_origin(type_) in (types.UnionType, typing.Union):
+        (inner,) = (one for one in typing.get_args(type_) if one is not type(None))
+        return None if given is None else _value(inner, given)
+    if typing.get_origin(type_) is tuple:
+        if isinstance(given, str):
+            given = [one.strip() for one in given.split(",") if one.strip()]
+        if not isinstance(given, list):
+            raise ValueError("must be a list")
+        return tuple(_value(typing.get_args(type_)[0], one) for one in given)
+    if type_ is bool:
+        if isinstance(given, str) and given in ("true", "false"):
+            return given == "true"
+        if not isinstance(given, bool):
+            raise ValueError("must be true or false")
+        return given
+    if type_ is int:
+        if isinstance(given, str) and given.isascii() and given.isdigit():
+            given = int(given)
+        if type(given) is not int:
+            raise ValueError("must be a whole number")
+        return given
+    if not isinstance(given, str):
+        raise ValueError("must be text")
+    if type_ is timedelta:
+        return duration(given)
+    if type_ is Path:
+        return Path(given).expanduser()
+    if isinstance(type_, type) and issubclass(type_, enum.Enum):
+        allowed = [one.value for one in type_]
+        if given not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return type_(given)
+    return given
+
+
+def _override(
+    kind: type[Any], tree: dict[str, Any], environment: Mapping[str, str], prefix: str
+) -> None:
+    names = {row.path: row.path.upper().replace(".", "__") for row in rows(kind)}
+    for path, name in names.items():
+        if prefix + name not in environment:
+            continue
+        *folders, last = path.split(".")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = environment[prefix + name]
+
+
+def _named(type_: Any) -> str:
+    if typing.get_origin(type_) in (types.UnionType, typing.Union):
+        return _named(typing.get_args(type_)[0])
+    if typing.get_origin(type_) is tuple:
+        return f"list of {_named(typing.get_args(type_)[0])}"
+    if isinstance(type_, type) and issubclass(type_, enum.Enum):
+        return " or ".join(f"`{one.value}`" for one in type_)
+    return {timedelta: "duration", Path: "path", str: "text", int: "number", bool: "yes or no"}[
+        type_
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, timedelta):
+        return duration_text(value)
+    if isinstance(value, enum.Enum):
+        return str(value.value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_shown(one) for one in value) + "]"
+    return "null" if value is None else str(value) or '""'
+
+
+def _example(kind: type[Any], given: Mapping[str, str], path: str, pad: str) -> list[str]:
+    lines = []
+    for field, type_ in _fields(kind):
+        here = f"{path}{field.name}"
+        lines.append(f"{pad}# {field.metadata['doc']}")
+        if dataclasses.is_dataclass(type_):
+            lines.append(f"{pad}{field.name}:")
+            lines += _example(typing.cast(type[Any], type_), given, f"{here}.", pad + "  ")
+        else:
+            value = given.get(here) or (
+                "" if field.default is MISSING else _shown(field.default)
+            )
+            lines.append(f"{pad}{field.name}: {value}")
+    return lines
+
+
+def _schema(type_: Any) -> dict[str, Any]:
+    if typing.get_origin(type_) in (types.UnionType, typing.Union):
+        inner = _schema(typing.get_args(type_)[0])
+        return {**inner, "type": [inner["type"], "null"]}
+    if typing.get_origin(type_) is tuple:
+        return {"type": "array", "items": _schema(typing.get_args(type_)[0])}
+    if type_ is bool:
+        return {"type": "boolean"}
+    if type_ is int:
+        return {"type": "integer"}
+    if isinstance(type_, type) and issubclass(type_, enum.Enum):
+        return {"type": "string", "enum": [one.value for one in type_]}
+    if type_ is timedelta:
+        return {
+            "type": "string",
+            "pattern": "^([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$",
+        }
+    return {"type": "string"}
