@@ -1,0 +1,1 @@
+"""The server: store, services, attestation, APIs, CLI."""

@@ -1,0 +1,1 @@
+"""SQL and nothing but SQL: repositories over one connection, and the store that runs them."""

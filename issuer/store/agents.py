@@ -1,0 +1,269 @@
+"""Attested agents and join tokens in SQL (SPIRE API 5.2; SEC-50, SEC-52, SEC-54)."""
+
+import hashlib
+import hmac
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from issuer.store.entries import PAGE
+from issuer.store.events import EventKind, EventRepository
+from issuer.store.rows import agent_of, seconds, selectors_text
+from issuer.store.tables import agents, tokens
+from spiffe_core.agent import AttestedAgent
+from spiffe_core.errors import AbortedError, AlreadyExistsError, MalformedError, NotFoundError
+from spiffe_core.permission import AgentDeniedError, DenialReason
+from spiffe_core.spiffeid import SpiffeId
+
+RETRY_WINDOW: Final = timedelta(seconds=60)  # SEC-50: the reply may have been lost
+
+
+class AgentRepository:
+    """Attested agents, within one transaction."""
+
+    def __init__(self, connection: Connection, events: EventRepository) -> None:
+        self._connection = connection
+        self._events = events
+
+    def get(self, agent_id: SpiffeId) -> AttestedAgent:
+        """
+        Return one agent.
+
+        Raises:
+            NotFoundError: no such agent.
+        """
+        found = self.find(agent_id)
+        if found is None:
+            raise NotFoundError("agent not found")
+        return found
+
+    def find(self, agent_id: SpiffeId) -> AttestedAgent | None:
+        """Return one agent, or None."""
+        rows = self._connection.execute(select(agents).where(agents.c.id == agent_id.uri))
+        found = rows.mappings().one_or_none()
+        return None if found is None else agent_of(found)
+
+    def attested(self, agent: AttestedAgent) -> None:
+        """
+        Store what an attestation yielded; a ban wins over it (SEC-52).
+
+        Raises:
+            AgentDeniedError: the agent is banned.
+        """
+        values = {
+            "serial": agent.serial,
+            "expires_at": seconds(agent.expires_at),
+            "new_serial": "",
+            "new_expires_at": 0,
+            "selectors": selectors_text(agent.selectors),
+            "can_reattest": agent.can_reattest,
+        }
+        changed = self._connection.execute(
+            update(agents)
+            .where(agents.c.id == agent.id.uri, agents.c.banned.is_(False))
+            .values(values)
+        ).rowcount
+        if not changed:
+            if self.find(agent.id) is not None:
+                raise AgentDeniedError(
+                    "failed to attest: agent is banned", DenialReason.AGENT_BANNED
+                )
+            self._connection.execute(
+                insert(agents).values(
+                    id=agent.id.uri,
+                    attestation_type=agent.attestation_type,
+                    banned=False,
+                    agent_version="",
+                    **values,
+                )
+            )
+        self._events.add(EventKind.AGENT, agent.id.uri)
+
+    def renewed(self, agent_id: SpiffeId, serial: str, expires_at: datetime) -> None:
+        """
+        Store a renewal; the old certificate stays good until the new one is used.
+
+        Raises:
+            AgentDeniedError: banned or gone meanwhile.
+        """
+        self._change_unless_banned(
+            agent_id, new_serial=serial, new_expires_at=seconds(expires_at)
+        )
+
+    def activate_new(self, agent_id: SpiffeId, serial: str) -> None:
+        """
+        The renewed certificate was used: it becomes the current one.
+
+        Raises:
+            AbortedError: it is no longer the renewed one.
+        """
+        done = self._connection.execute(
+            update(agents)
+            .where(
+                agents.c.id == agent_id.uri,
+                agents.c.new_serial == serial,
+                agents.c.banned.is_(False),
+            )
+            .values(
+                serial=agents.c.new_serial,
+                expires_at=agents.c.new_expires_at,
+                new_serial="",
+                new_expires_at=0,
+            )
+        )
+        if not done.rowcount:
+            raise AbortedError("the renewed certificate was superseded")
+        self._events.add(EventKind.AGENT, agent_id.uri)
+
+    def ban(self, agent_id: SpiffeId) -> None:
+        """
+        Ban an agent: both of its serials go, and nothing brings them back but `delete`.
+
+        Raises:
+            NotFoundError: no such agent.
+        """
+        done = self._connection.execute(
+            update(agents)
+            .where(agents.c.id == agent_id.uri)
+            .values(banned=True, serial="", new_serial="", new_expires_at=0)
+        )
+        if not done.rowcount:
+            raise NotFoundError("agent not found")
+        self._events.add(EventKind.AGENT, agent_id.uri)
+
+    def delete(self, agent_id: SpiffeId) -> None:
+        """
+        Evict an agent; lifts a ban.
+
+        Raises:
+            NotFoundError: no such agent.
+        """
+        done = self._connection.execute(delete(agents).where(agents.c.id == agent_id.uri))
+        if not done.rowcount:
+            raise NotFoundError("agent not found")
+        self._events.add(EventKind.AGENT, agent_id.uri)
+
+    def set_version(self, agent_id: SpiffeId, version: str) -> None:
+        """Note what the agent says it runs."""
+        self._connection.execute(
+            update(agents).where(agents.c.id == agent_id.uri).values(agent_version=version)
+        )
+        self._events.add(EventKind.AGENT, agent_id.uri)
+
+    def page(self, after: int, limit: int) -> Sequence[tuple[int, AttestedAgent]]:
+        """Return up to *limit* agents behind row *after*, with their rows, oldest first."""
+        rows = self._connection.execute(
+            select(agents)
+            .where(agents.c.row > after)
+            .order_by(agents.c.row)
+            .limit(min(limit, PAGE))
+        ).mappings()
+        return [(row["row"], agent_of(row)) for row in rows]
+
+    def all(self) -> Iterator[AttestedAgent]:
+        """Yield every agent, oldest first."""
+        after = 0
+        while found := self.page(after, PAGE):
+            after = found[-1][0]
+            yield from (agent for _, agent in found)
+
+    def count(self) -> int:
+        """Return how many there are."""
+        return self._connection.execute(select(func.count()).select_from(agents)).scalar_one()
+
+    def _change_unless_banned(self, agent_id: SpiffeId, **values: object) -> None:
+        done = self._connection.execute(
+            update(agents)
+            .where(agents.c.id == agent_id.uri, agents.c.banned.is_(False))
+            .values(**values)
+        )
+        if not done.rowcount:
+            found = self.find(agent_id)
+            if found is None:
+                raise AgentDeniedError("agent is not attested", DenialReason.AGENT_NOT_ATTESTED)
+            raise AgentDeniedError("agent is banned", DenialReason.AGENT_BANNED)
+        self._events.add(EventKind.AGENT, agent_id.uri)
+
+
+class TokenError(MalformedError):
+    """A join token cannot be used; says the same for unknown and wrong ones."""
+
+
+class TokenRepository:
+    """Join tokens, by hash alone, within one transaction."""
+
+    def __init__(self, connection: Connection, now: datetime) -> None:
+        self._connection = connection
+        self._now = now
+
+    def add(self, public_id: str, secret: str, expires_at: datetime) -> None:
+        """
+        Keep a new token.
+
+        Raises:
+            AlreadyExistsError: its public id is taken.
+        """
+        taken = self._connection.execute(
+            select(tokens.c.public_id).where(tokens.c.public_id == public_id)
+        ).scalar()
+        if taken is not None:
+            raise AlreadyExistsError("failed to create token: its public id is taken")
+        self._connection.execute(
+            insert(tokens).values(
+                public_id=public_id,
+                secret_hash=_digest(secret.encode()),
+                expires_at=seconds(expires_at),
+                used_at=0,
+                used_key=b"",
+            )
+        )
+
+    def consume(self, public_id: str, secret: str, public_key: bytes) -> None:
+        """
+        Use a token for the node whose CSR carries *public_key*: once, or again within a
+        minute with the same key, because the first reply may have been lost (SEC-50).
+
+        Raises:
+            TokenError: unknown, wrong, used or expired.
+        """
+        row = self._connection.execute(
+            select(tokens).where(tokens.c.public_id == public_id)
+        ).one_or_none()
+        if row is None or not hmac.compare_digest(row.secret_hash, _digest(secret.encode())):
+            raise TokenError(
+                "failed to attest: join token does not exist or has already been used"
+            )
+        if row.used_at:
+            fresh = self._now.timestamp() - row.used_at <= RETRY_WINDOW.total_seconds()
+            if fresh and hmac.compare_digest(row.used_key, _digest(public_key)):
+                return
+            raise TokenError(
+                "failed to attest: join token does not exist or has already been used"
+            )
+        used = self._connection.execute(
+            update(tokens)
+            .where(
+                tokens.c.public_id == public_id,
+                tokens.c.used_at == 0,
+                tokens.c.expires_at > int(self._now.timestamp()),
+            )
+            .values(used_at=int(self._now.timestamp()), used_key=_digest(public_key))
+        )
+        if not used.rowcount:
+            raise TokenError("join token expired: make a new one with `issuer token generate`")
+
+    def prune(self) -> int:
+        """Drop tokens that can no longer be used; return how many."""
+        now = int(self._now.timestamp())
+        window = int(RETRY_WINDOW.total_seconds())
+        gone = delete(tokens).where(
+            (tokens.c.expires_at < now - window)
+            | ((tokens.c.used_at > 0) & (tokens.c.used_at < now - window))
+        )
+        return self._connection.execute(gone).rowcount
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()

@@ -1,0 +1,101 @@
+"""
+Bring a database to this release's schema, or refuse it with the reason.
+
+Source: SEC-95 (newer schema, other trust domain), layout fact 7 (where the migrations are).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, insert, select
+
+from issuer.store.tables import meta
+from spiffe_core.bundle import DEFAULT_REFRESH_HINT
+from spiffe_core.errors import PreconditionError
+from spiffe_core.spiffeid import TrustDomain
+
+_PACKAGED: Final = Path(__file__).parent.parent / "_migrations"
+_IN_TREE: Final = Path(__file__).parents[2] / "migrations"
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaStatus:
+    """Where a database is, and where this release wants it."""
+
+    current: str | None
+    wanted: str
+
+    @property
+    def is_current(self) -> bool:
+        """True when there is nothing to do."""
+        return self.current == self.wanted
+
+
+def locate() -> Path:
+    """Return the folder of the migrations: in the wheel, or in the tree."""
+    return _PACKAGED if _PACKAGED.is_dir() else _IN_TREE
+
+
+def status(engine: Engine) -> SchemaStatus:
+    """Compare the database with this release."""
+    scripts = ScriptDirectory.from_config(_config())
+    with engine.connect() as connection:
+        current = MigrationContext.configure(connection).get_current_revision()
+    return SchemaStatus(current, scripts.get_current_head() or "")
+
+
+def upgrade(engine: Engine) -> SchemaStatus:
+    """
+    Take every step that is missing; each is one transaction.
+
+    Raises:
+        PreconditionError: the database is of a newer release.
+    """
+    before = status(engine)
+    known = {one.revision for one in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if before.current is not None and before.current not in known:
+        raise PreconditionError(
+            f"the database has schema {before.current}, newer than this release's "
+            f"{before.wanted}: run the newer release, or restore an older backup"
+        )
+    if not before.is_current:
+        config = _config()
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    return status(engine)
+
+
+def claim(engine: Engine, trust_domain: TrustDomain, path: Path) -> None:
+    """
+    Mark a new database with *trust_domain*, or see that it is that domain's.
+
+    Raises:
+        PreconditionError: it belongs to another.
+    """
+    with engine.begin() as connection:
+        owner = connection.execute(select(meta.c.trust_domain)).scalar()
+        if owner is None:
+            hint = int(DEFAULT_REFRESH_HINT.total_seconds())
+            connection.execute(
+                insert(meta).values(
+                    id=1, trust_domain=trust_domain.name, bundle_sequence=0, refresh_hint=hint
+                )
+            )
+        elif owner != trust_domain.name:
+            raise PreconditionError(
+                f"{path} belongs to trust domain {owner}, the settings name {trust_domain}: "
+                "a trust domain can't be renamed; set `trust_domain` back, or use a new "
+                "`data_dir`"
+            )
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(locate()).replace("%", "%%"))
+    return config

@@ -1,0 +1,128 @@
+"""Rows to domain values and back: instants, selectors, lists."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import RowMapping
+
+from spiffe_core.agent import AttestedAgent
+from spiffe_core.entry import RegistrationEntry
+from spiffe_core.errors import InternalError, MalformedError
+from spiffe_core.selector import Selector, SelectorSet
+from spiffe_core.spiffeid import SpiffeId, TrustDomain
+
+
+class StoredValueError(InternalError):
+    """A stored row breaks a rule: never the caller's fault, so never told as one."""
+
+
+def seconds(at: datetime | None) -> int:
+    """Unix seconds; 0 for None."""
+    return 0 if at is None else int(at.timestamp())
+
+
+def instant(value: int) -> datetime | None:
+    """The instant, or None for 0."""
+    return datetime.fromtimestamp(value, UTC) if value else None
+
+
+def micros(at: datetime | None) -> int:
+    """Unix microseconds; 0 for None."""
+    return 0 if at is None else round(at.timestamp() * 1_000_000)
+
+
+def instant_of_micros(value: int) -> datetime | None:
+    """The instant, or None for 0."""
+    return datetime.fromtimestamp(0, UTC) + timedelta(microseconds=value) if value else None
+
+
+def selectors_text(selectors: SelectorSet) -> str:
+    """Canonical JSON: sorted pairs; commas and colons in values stay theirs (SEC-03)."""
+    return json.dumps(
+        [[one.type, one.value] for one in sorted(selectors)], separators=(",", ":")
+    )
+
+
+def selectors_of(text: str) -> SelectorSet:
+    """The set that `selectors_text` wrote."""
+    return frozenset(Selector(type_, value) for type_, value in json.loads(text))
+
+
+def entry_row(entry: RegistrationEntry) -> dict[str, Any]:
+    """The columns of an entry, without `row`."""
+    return {
+        "id": entry.id,
+        "spiffe_id": entry.spiffe_id.uri,
+        "parent_id": entry.parent_id.uri,
+        "selectors": selectors_text(entry.selectors),
+        "fingerprint": entry.fingerprint,
+        "x509_svid_ttl": int(entry.x509_svid_ttl.total_seconds()),
+        "jwt_svid_ttl": int(entry.jwt_svid_ttl.total_seconds()),
+        "federates_with": json.dumps(sorted(one.name for one in entry.federates_with)),
+        "admin": entry.admin,
+        "downstream": entry.downstream,
+        "expires_at": seconds(entry.expires_at),
+        "dns_names": json.dumps(list(entry.dns_names)),
+        "hint": entry.hint,
+        "store_svid": entry.store_svid,
+        "disable_x509_svid_prefetch": entry.disable_x509_svid_prefetch,
+        "jwt_svid_include_jti": entry.jwt_svid_include_jti,
+        "revision_number": entry.revision_number,
+        "created_at": seconds(entry.created_at),
+    }
+
+
+def entry_of(row: RowMapping) -> RegistrationEntry:
+    """
+    The entry of a row.
+
+    Raises:
+        StoredValueError: the row breaks a rule.
+    """
+    try:
+        return RegistrationEntry(
+            id=row["id"],
+            spiffe_id=SpiffeId.parse(row["spiffe_id"]),
+            parent_id=SpiffeId.parse(row["parent_id"]),
+            selectors=selectors_of(row["selectors"]),
+            x509_svid_ttl=timedelta(seconds=row["x509_svid_ttl"]),
+            jwt_svid_ttl=timedelta(seconds=row["jwt_svid_ttl"]),
+            federates_with=frozenset(TrustDomain(n) for n in json.loads(row["federates_with"])),
+            admin=row["admin"],
+            downstream=row["downstream"],
+            expires_at=instant(row["expires_at"]),
+            dns_names=tuple(json.loads(row["dns_names"])),
+            hint=row["hint"],
+            store_svid=row["store_svid"],
+            disable_x509_svid_prefetch=row["disable_x509_svid_prefetch"],
+            jwt_svid_include_jti=row["jwt_svid_include_jti"],
+            revision_number=row["revision_number"],
+            created_at=instant(row["created_at"]),
+        )
+    except (MalformedError, ValueError) as error:
+        raise StoredValueError("a stored entry is damaged: restore the database") from error
+
+
+def agent_of(row: RowMapping) -> AttestedAgent:
+    """
+    The agent of a row.
+
+    Raises:
+        StoredValueError: the row breaks a rule.
+    """
+    try:
+        return AttestedAgent(
+            id=SpiffeId.parse(row["id"]),
+            attestation_type=row["attestation_type"],
+            serial=row["serial"],
+            expires_at=datetime.fromtimestamp(row["expires_at"], UTC),
+            selectors=selectors_of(row["selectors"]),
+            new_serial=row["new_serial"],
+            new_expires_at=instant(row["new_expires_at"]),
+            banned=row["banned"],
+            can_reattest=row["can_reattest"],
+            agent_version=row["agent_version"],
+        )
+    except (MalformedError, ValueError) as error:
+        raise StoredValueError("a stored agent is damaged: restore the database") from error
