@@ -1,0 +1,1 @@
+"""Node attestors: how an agent proves its node."""
