@@ -38,16 +38,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
-        for shape, factory in _SHAPES.items():
-            inner = getattr(handler, shape)
-            if inner is not None:
-                wrap = self._stream if shape.endswith("_stream") else self._unary
-                return factory(
-                    wrap(method, inner),
-                    request_deserializer=handler.request_deserializer,
-                    response_serializer=handler.response_serializer,
-                )
-        return handler
+        return wrap_handler(
+            handler,
+            lambda inner: self._unary(method, inner),
+            lambda inner: self._stream(method, inner),
+        )
 
     def _unary(self, method: str, inner: Handler) -> Handler:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
@@ -89,6 +84,22 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if outcome.details is not None:
             context.set_trailing_metadata(((DETAILS_KEY, outcome.details),))
         await context.abort(outcome.code, outcome.text)
+
+
+def wrap_handler(
+    handler: Any, unary: Callable[[Handler], Handler], stream: Callable[[Handler], Handler]
+) -> Any:
+    """Return *handler* with its function passed through *unary* or *stream*, by its answer."""
+    for shape, factory in _SHAPES.items():
+        inner = getattr(handler, shape)
+        if inner is not None:
+            wrap = stream if shape.endswith("_stream") else unary
+            return factory(
+                wrap(inner),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+    return handler
 
 
 _SHAPES: Final[dict[str, Callable[..., grpc.RpcMethodHandler]]] = {

@@ -1,0 +1,1 @@
+"""gRPC servicers: thin; access.py says who may call what."""

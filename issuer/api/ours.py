@@ -1,0 +1,119 @@
+"""What SPIRE lacks: the held watch stream and explanations; and gRPC health."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ca.clock import Clock
+from issuer.api.callers import Callers, caller
+from issuer.services.hub import Hub
+from issuer.services.watch import Difference, View
+from spiffe_core.decision import decide
+from spiffe_core.errors import MalformedError, UnsupportedError
+from spiffe_wire.convert.bundle import bundle_to_wire
+from spiffe_wire.convert.entry import entry_to_wire, id_from_wire, selectors_from_wire
+from spiffe_wire.convert.explanation import explanation_of
+from spiffe_wire.pb.grpc.health.v1 import health_pb2, health_pb2_grpc
+from spiffe_wire.pb.spiffe_issuer.v1 import explain_pb2_grpc, watch_pb2, watch_pb2_grpc
+
+RECHECK_SECONDS: Final = 2.0
+"""A held stream checks its caller at least this often, and at every change (SEC-17)."""
+CHUNK: Final = 500  # entries a message, far below 4 MiB
+
+
+@dataclass
+class AgentWatchServicer(watch_pb2_grpc.AgentWatchServicer):
+    """Pushes to each agent what it may act for."""
+
+    hub: Hub
+    callers: Callers
+    clock: Clock
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        me = caller()
+        view = View(self.hub, me.require_agent().id)
+        with self.hub.waiter() as waiter:
+            committed_at = 0
+            difference = view.start(request.cursor, self.clock.now())
+            first = True
+            while True:
+                # Said even when nothing changed: the agent then knows that it is up to date.
+                if first or not difference.is_empty:
+                    for message in _messages(difference, view, committed_at):
+                        yield message
+                first = False
+                committed_at = await _next_change(waiter)
+                await self.callers.check_still(me)
+                difference = view.step(self.clock.now())
+
+
+async def _next_change(waiter: Any) -> int:
+    try:
+        async with asyncio.timeout(RECHECK_SECONDS):
+            return int(await waiter.wait())
+    except TimeoutError:
+        return 0
+
+
+def _messages(difference: Difference, view: View, committed_at: int) -> list[Any]:
+    """The difference in messages below the limit; the last one carries the cursor."""
+    made = []
+    entries = list(difference.entries)
+    while True:
+        part, entries = entries[:CHUNK], entries[CHUNK:]
+        made.append(
+            watch_pb2.WatchResponse(
+                entries=[entry_to_wire(one) for one in part],
+                more=True,
+                committed_at_micros=committed_at,
+            )
+        )
+        if not entries:
+            break
+    made[0].snapshot = difference.snapshot
+    last = made[-1]
+    last.more = False
+    last.cursor = view.cursor()
+    last.removed_entry_ids.extend(difference.removed)
+    last.bundles.extend(bundle_to_wire(one) for one in difference.bundles)
+    last.removed_trust_domains.extend(one.name for one in difference.removed_domains)
+    return made
+
+
+@dataclass
+class ExplainServicer(explain_pb2_grpc.ExplainServicer):
+    """Says what a set of selectors would get, and why."""
+
+    hub: Hub
+    clock: Clock
+
+    async def ExplainSelectors(self, request: Any, context: Any) -> Any:
+        selectors = selectors_from_wire(request.selectors)
+        if not selectors:
+            raise MalformedError("name at least one selector, such as unix:uid:1000")
+        now = self.clock.now()
+        candidates = self.hub.index.entries()
+        if request.HasField("agent_id"):
+            candidates = self.hub.index.entries_of(id_from_wire(request.agent_id), now)
+        return explanation_of(
+            decide(selectors, [one for one in candidates if not one.is_node_alias], at=now)
+        )
+
+
+@dataclass
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """gRPC health for the socket's own operators (SPIRE API 5.9)."""
+
+    is_ready: Callable[[], bool]
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        if request.service:
+            raise MalformedError("per-service health is not supported")
+        statuses = health_pb2.HealthCheckResponse.ServingStatus
+        serving = statuses.Value("SERVING" if self.is_ready() else "NOT_SERVING")
+        return health_pb2.HealthCheckResponse(status=serving)
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        raise UnsupportedError("health is asked with Check")
+        yield
