@@ -27,17 +27,22 @@ class StrictJsonError(MalformedError):
 
 
 def loads(
-    data: bytes | str, *, max_depth: int = MAX_DEPTH, max_integer: int = MAX_INTEGER
+    data: bytes | str,
+    *,
+    max_depth: int = MAX_DEPTH,
+    max_integer: int = MAX_INTEGER,
+    max_bytes: int = MAX_BYTES,
 ) -> Any:
     """
     Parse one JSON document.
 
     Raises:
         StrictJsonError: not UTF-8, a duplicate member, NaN or Infinity, deeper than
-            *max_depth*, an integer beyond *max_integer*, or anything behind the document.
+            *max_depth*, an integer beyond *max_integer*, longer than *max_bytes*, or
+            anything behind the document.
     """
-    if len(data) > MAX_BYTES:
-        raise StrictJsonError("JSON is longer than 1 MiB")
+    if len(data) > max_bytes:
+        raise StrictJsonError(f"JSON is longer than {max_bytes} bytes")
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
     except UnicodeDecodeError as error:

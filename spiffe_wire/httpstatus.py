@@ -29,7 +29,7 @@ class StatusServer:
         class Handler(BaseHTTPRequestHandler):
             timeout = 10  # a client that says nothing holds one thread this long
 
-            def do_GET(self) -> None:  # noqa: N802 the base class's name
+            def do_GET(self) -> None:
                 route = routes.get(self.path.partition("?")[0])
                 status, kind, body = (
                     route() if route else (404, "text/plain", b"no such page\n")

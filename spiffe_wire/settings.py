@@ -109,7 +109,7 @@ def rows(kind: type[Any], path: str = "") -> list[Row]:
     for field, type_ in _fields(kind):
         here = f"{path}.{field.name}" if path else field.name
         if dataclasses.is_dataclass(type_):
-            found += rows(type_, here)
+            found += rows(typing.cast(type[Any], type_), here)
         else:
             default = None if field.default is MISSING else _shown(field.default)
             found.append(Row(here, _named(type_), default, field.metadata["doc"]))
@@ -127,7 +127,7 @@ def json_schema(kind: type[Any]) -> dict[str, Any]:
     required = []
     for field, type_ in _fields(kind):
         if dataclasses.is_dataclass(type_):
-            properties[field.name] = json_schema(type_)
+            properties[field.name] = json_schema(typing.cast(type[Any], type_))
         else:
             properties[field.name] = _schema(type_)
         properties[field.name]["description"] = field.metadata["doc"]
@@ -146,10 +146,10 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     made: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if key in made:
             raise SettingsError(f"{key}: the key is there twice")
-        made[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        made[key] = loader.construct_object(value_node, deep=True)
     return made
 
 
@@ -162,7 +162,7 @@ def _fields(kind: type[Any]) -> list[tuple[Field[Any], Any]]:
 
 
 def _build(kind: type[_T], tree: Mapping[str, Any], path: str) -> _T:
-    known = dict((field.name, (field, type_)) for field, type_ in _fields(kind))
+    known = {field.name: (field, type_) for field, type_ in _fields(kind)}
     for key in tree:
         if key not in known:
             raise SettingsError(
@@ -204,7 +204,7 @@ def _value(type_: Any, given: Any) -> Any:
         if isinstance(given, str) and given in ("true", "false"):
             return given == "true"
         if not isinstance(given, bool):
-            raise ValueError("must be true or false")
+            raise TypeError("must be true or false")
         return given
     if type_ is int:
         if isinstance(given, str) and given.isascii() and given.isdigit():

@@ -8,9 +8,8 @@ from typing import Final
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 
-from issuer.store.entries import PAGE
 from issuer.store.events import EventKind, EventRepository
-from issuer.store.rows import agent_of, seconds, selectors_text
+from issuer.store.rows import PAGE, agent_of, seconds, selectors_text
 from issuer.store.tables import agents, tokens
 from spiffe_core.agent import AttestedAgent
 from spiffe_core.errors import AbortedError, AlreadyExistsError, MalformedError, NotFoundError
@@ -143,6 +142,12 @@ class AgentRepository:
         done = self._connection.execute(delete(agents).where(agents.c.id == agent_id.uri))
         if not done.rowcount:
             raise NotFoundError("agent not found")
+        # Or its token's minute of grace would bring it back (SEC-50, SEC-52).
+        _, is_joined, public_id = agent_id.path.partition("/spire/agent/join_token/")
+        if is_joined:
+            self._connection.execute(
+                delete(tokens).where(tokens.c.public_id == public_id, tokens.c.used_at > 0)
+            )
         self._events.add(EventKind.AGENT, agent_id.uri)
 
     def set_version(self, agent_id: SpiffeId, version: str) -> None:
@@ -228,31 +233,31 @@ class TokenRepository:
         Raises:
             TokenError: unknown, wrong, used or expired.
         """
-        row = self._connection.execute(
-            select(tokens).where(tokens.c.public_id == public_id)
-        ).one_or_none()
-        if row is None or not hmac.compare_digest(row.secret_hash, _digest(secret.encode())):
-            raise TokenError(
-                "failed to attest: join token does not exist or has already been used"
-            )
-        if row.used_at:
-            fresh = self._now.timestamp() - row.used_at <= RETRY_WINDOW.total_seconds()
-            if fresh and hmac.compare_digest(row.used_key, _digest(public_key)):
-                return
-            raise TokenError(
-                "failed to attest: join token does not exist or has already been used"
-            )
+        now = int(self._now.timestamp())
+        secret_hash, key_hash = _digest(secret.encode()), _digest(public_key)
         used = self._connection.execute(
             update(tokens)
             .where(
                 tokens.c.public_id == public_id,
+                tokens.c.secret_hash == secret_hash,
                 tokens.c.used_at == 0,
-                tokens.c.expires_at > int(self._now.timestamp()),
+                tokens.c.expires_at > now,
             )
-            .values(used_at=int(self._now.timestamp()), used_key=_digest(public_key))
+            .values(used_at=now, used_key=key_hash)
         )
-        if not used.rowcount:
+        if used.rowcount == 1:
+            return
+        row = self._connection.execute(
+            select(tokens).where(tokens.c.public_id == public_id)
+        ).one_or_none()
+        if row is None or not hmac.compare_digest(row.secret_hash, secret_hash):
+            raise TokenError(_UNKNOWN)
+        if not row.used_at:
             raise TokenError("join token expired: make a new one with `issuer token generate`")
+        age = timedelta(seconds=now - row.used_at)
+        is_retry = timedelta(0) <= age <= RETRY_WINDOW
+        if not is_retry or not hmac.compare_digest(row.used_key, key_hash):
+            raise TokenError(_UNKNOWN)
 
     def prune(self) -> int:
         """Drop tokens that can no longer be used; return how many."""
@@ -263,6 +268,9 @@ class TokenRepository:
             | ((tokens.c.used_at > 0) & (tokens.c.used_at < now - window))
         )
         return self._connection.execute(gone).rowcount
+
+
+_UNKNOWN: Final = "failed to attest: join token does not exist or has already been used"
 
 
 def _digest(data: bytes) -> bytes:

@@ -10,13 +10,20 @@ from typing import Any, Final
 from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
 
 from ca.journal import AuthorityKind, AuthorityRecord, AuthorityState
-from issuer.store.entries import PAGE
 from issuer.store.events import EventKind, EventRepository
-from issuer.store.rows import StoredValueError, instant, instant_of_micros, micros, seconds
+from issuer.store.rows import (
+    BAD_VALUE,
+    PAGE,
+    StoredValueError,
+    instant,
+    instant_of_micros,
+    micros,
+    seconds,
+)
 from issuer.store.tables import authorities, bundles, issued, meta
 from spiffe_core.authority import JwtAuthority, X509Authority
 from spiffe_core.bundle import Bundle
-from spiffe_core.errors import AbortedError, MalformedError, NotFoundError, NotReadyError
+from spiffe_core.errors import AbortedError, NotFoundError, NotReadyError
 from spiffe_core.lifetime import Validity
 from spiffe_core.spiffeid import TrustDomain
 
@@ -80,17 +87,19 @@ class AuthorityRepository:
             .where(table.authority_id == authority_id)
             .values(state=AuthorityState.ACTIVE.value, activated_at=micros(at))
         )
-        self._bundle_changed()
+        # What is trusted stays the same, and so does the sequence number (BUNDLE-08).
+        self._bundle_event()
 
     def prune(self, authority_id: str) -> None:
-        """Drop an OLD record, and its public half from the bundle."""
-        self._connection.execute(
+        """Drop an OLD record and its public half from the bundle; twice does no harm."""
+        gone = self._connection.execute(
             delete(authorities).where(
                 authorities.c.authority_id == authority_id,
                 authorities.c.state == AuthorityState.OLD.value,
             )
         )
-        self._bundle_changed()
+        if gone.rowcount:
+            self._bundle_changed()
 
     def bundle(self) -> Bundle:
         """Return our own trust domain's bundle."""
@@ -117,13 +126,16 @@ class AuthorityRepository:
                 about.bundle_sequence,
                 timedelta(seconds=about.refresh_hint) if about.refresh_hint else None,
             )
-        except MalformedError as error:
+        except BAD_VALUE as error:
             raise StoredValueError("a stored authority is damaged: restore it") from error
 
     def _bundle_changed(self) -> None:
         self._connection.execute(
             update(meta).values(bundle_sequence=meta.c.bundle_sequence + 1)
         )
+        self._bundle_event()
+
+    def _bundle_event(self) -> None:
         name = self._connection.execute(select(meta.c.trust_domain)).scalar_one()
         self._events.add(EventKind.BUNDLE, name)
 
@@ -251,7 +263,10 @@ class IssuedRepository:
     def page(self, after: int, limit: int) -> Sequence[tuple[int, IssuedRow]]:
         """Return up to *limit* rows behind row *after*."""
         rows = self._connection.execute(
-            select(issued).where(issued.c.row > after).order_by(issued.c.row).limit(limit)
+            select(issued)
+            .where(issued.c.row > after)
+            .order_by(issued.c.row)
+            .limit(min(limit, PAGE))
         )
         return [
             (
@@ -278,21 +293,27 @@ _NEVER: Final = datetime.fromtimestamp(0, UTC)
 
 
 def _record_of(row: RowMapping) -> AuthorityRecord:
-    begin, end = instant_of_micros(row["not_before"]), instant_of_micros(row["not_after"])
-    prepared_at = instant_of_micros(row["prepared_at"])
-    if begin is None or end is None or prepared_at is None:
-        raise StoredValueError("a stored authority is damaged: restore the database")
-    return AuthorityRecord(
-        row["authority_id"],
-        AuthorityKind(row["kind"]),
-        AuthorityState(row["state"]),
-        row["key_id"],
-        row["public"],
-        Validity(begin, end),
-        prepared_at,
-        instant_of_micros(row["activated_at"]),
-        instant_of_micros(row["retired_at"]),
-    )
+    try:
+        return AuthorityRecord(
+            row["authority_id"],
+            AuthorityKind(row["kind"]),
+            AuthorityState(row["state"]),
+            row["key_id"],
+            row["public"],
+            Validity(_instant(row["not_before"]), _instant(row["not_after"])),
+            _instant(row["prepared_at"]),
+            instant_of_micros(row["activated_at"]),
+            instant_of_micros(row["retired_at"]),
+        )
+    except BAD_VALUE as error:
+        raise StoredValueError("a stored authority is damaged: restore the database") from error
+
+
+def _instant(value: int) -> datetime:
+    found = instant_of_micros(value)
+    if found is None:
+        raise ValueError("no instant")
+    return found
 
 
 def _document_of(bundle: Bundle) -> bytes:
@@ -331,5 +352,5 @@ def _bundle_of(trust_domain: TrustDomain, document: bytes) -> Bundle:
             made["sequence"],
             timedelta(seconds=made["hint"]) if made["hint"] else None,
         )
-    except (MalformedError, ValueError, KeyError) as error:
+    except BAD_VALUE as error:
         raise StoredValueError("a stored bundle is damaged: set it again") from error

@@ -4,6 +4,7 @@ Bring a database to this release's schema, or refuse it with the reason.
 Source: SEC-95 (newer schema, other trust domain), layout fact 7 (where the migrations are).
 """
 
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from spiffe_core.bundle import DEFAULT_REFRESH_HINT
 from spiffe_core.errors import PreconditionError
 from spiffe_core.spiffeid import TrustDomain
 
+MIGRATION_SECONDS: Final = 600.0  # a statement; a large table takes its time
 _PACKAGED: Final = Path(__file__).parent.parent / "_migrations"
 _IN_TREE: Final = Path(__file__).parents[2] / "migrations"
 
@@ -65,7 +67,8 @@ def upgrade(engine: Engine) -> SchemaStatus:
         )
     if not before.is_current:
         config = _config()
-        with engine.begin() as connection:
+        steps = engine.execution_options(seconds=MIGRATION_SECONDS)
+        with steps.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     return status(engine)
@@ -84,7 +87,11 @@ def claim(engine: Engine, trust_domain: TrustDomain, path: Path) -> None:
             hint = int(DEFAULT_REFRESH_HINT.total_seconds())
             connection.execute(
                 insert(meta).values(
-                    id=1, trust_domain=trust_domain.name, bundle_sequence=0, refresh_hint=hint
+                    id=1,
+                    trust_domain=trust_domain.name,
+                    bundle_sequence=0,
+                    refresh_hint=hint,
+                    epoch=new_epoch(),
                 )
             )
         elif owner != trust_domain.name:
@@ -93,6 +100,11 @@ def claim(engine: Engine, trust_domain: TrustDomain, path: Path) -> None:
                 "a trust domain can't be renamed; set `trust_domain` back, or use a new "
                 "`data_dir`"
             )
+
+
+def new_epoch() -> str:
+    """Return a name for a stretch of history that no restore has cut."""
+    return secrets.token_hex(16)
 
 
 def _config() -> Config:

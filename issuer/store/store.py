@@ -9,9 +9,7 @@ What a caller is told has happened is on the disk.
 
 import asyncio
 import contextlib
-import os
 import queue
-import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,36 +18,38 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Generic, Self, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from ca.clock import Clock
 from ca.crashpoints import crash_point
 from ca.journal import AuthorityRecord
-from issuer.store import migrate
 from issuer.store.agents import AgentRepository, TokenRepository
 from issuer.store.authorities import (
     AuthorityRepository,
     BundleRepository,
     IssuedRepository,
 )
+from issuer.store.engine import (
+    READERS,
+    StoreBrokenError,
+    StoreError,
+    in_transaction,
+    make_engine,
+    prepare,
+    refusal,
+)
 from issuer.store.entries import EntryRepository
 from issuer.store.events import AuditRepository, Event, EventRepository
 from spiffe_core.bundle import Bundle
-from spiffe_core.errors import InternalError, NotReadyError, PreconditionError
+from spiffe_core.errors import NotReadyError, SpiffeError
 from spiffe_core.spiffeid import TrustDomain
 
 _T = TypeVar("_T")
-READERS: Final = 4
 GROUP: Final = 64  # transactions in one commit
 QUEUE: Final = 4096
-BUSY_MS: Final = 5000  # SEC-62
 POLL_SECONDS: Final = 5.0  # the safety net under the wake-up
 SYSTEM: Final = "issuer"
-
-
-class StoreError(InternalError):
-    """The database cannot do it; the cause is in the log."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,15 @@ class _Job(Generic[_T]):
     work: Callable[[Repositories], _T]
     actor: str
     done: "Future[_T]"
+    answer: Any = None
+    problem: BaseException | None = None
+
+    def settle(self) -> None:
+        """Tell the caller, who may have left."""
+        if self.problem is None:
+            self.done.set_result(self.answer)
+        else:
+            self.done.set_exception(self.problem)
 
 
 class Store:
@@ -80,13 +89,16 @@ class Store:
         self.path = path
         self._clock = clock
         self._engine = engine
+        self._reading = make_engine(path, readers=True)
         self._jobs: queue.Queue[_Job[Any] | None] = queue.Queue(QUEUE)
         self._readers = ThreadPoolExecutor(READERS, "store-read")
         self._writer = threading.Thread(
             target=self._write_loop, name="store-write", daemon=True
         )
         self._loop = asyncio.get_running_loop()
-        self._changed = asyncio.Event()
+        self._waiting: set[asyncio.Event] = set()
+        self._broken: StoreBrokenError | None = None
+        self._closed = False
         self._writer.start()
 
     @classmethod
@@ -97,30 +109,42 @@ class Store:
         Raises:
             PreconditionError: damaged, of a newer release, or of another trust domain.
         """
-        engine = await asyncio.to_thread(_prepare, path, trust_domain)
+        engine = await asyncio.to_thread(prepare, path, trust_domain)
         return cls(path, clock, engine)
 
     async def close(self) -> None:
         """Finish what was accepted, then close; idempotent."""
-        self._jobs.put(None)
+        if not self._closed:
+            self._closed = True
+            await asyncio.to_thread(self._jobs.put, None)
         await asyncio.to_thread(self._writer.join)
-        self._readers.shutdown()
+        await asyncio.to_thread(self._readers.shutdown)
+        self._reading.dispose()
         self._engine.dispose()
 
     async def read(self, work: Callable[[Repositories], _T]) -> _T:
-        """Run *work* on a snapshot of the store, in a reader thread."""
+        """
+        Run *work* on a snapshot of the store, in a reader thread.
+
+        Raises:
+            NotReadyError: the store is closed, or held by another process.
+            StoreError: the database refused.
+        """
+        self._check_open()
         return await self._loop.run_in_executor(self._readers, self._read, work)
 
     async def write(self, work: Callable[[Repositories], _T], *, actor: str = SYSTEM) -> _T:
         """
         Run *work* in a transaction and return its answer once that is durable.
 
-        An exception undoes all that *work* did, and nothing else.
+        An exception undoes all that *work* did, and nothing else.  A caller that is
+        cancelled does not know whether the change was made.
 
         Raises:
-            NotReadyError: the queue of writers is full.
+            NotReadyError: too many writers wait, the disk is full, or the store is closed.
             StoreError: the database refused.
         """
+        self._check_open()
         job: _Job[_T] = _Job(work, actor, Future())
         try:
             self._jobs.put_nowait(job)
@@ -129,24 +153,44 @@ class Store:
         return await asyncio.wrap_future(job.done)
 
     async def changes(self, after: int) -> AsyncIterator[Sequence[Event]]:
-        """Yield events behind *after* as they are committed, in order, none left out."""
-        while True:
-            self._changed.clear()
-            found = await self.read(lambda repos: repos.events.since(after))  # noqa: B023
-            if found:
-                after = found[-1].seq
-                yield found
-                continue
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL_SECONDS):
-                    await self._changed.wait()
+        """
+        Yield events behind *after* as they are committed, in order, none left out.
+
+        Raises:
+            FeedGapError: events behind *after* were pruned; read everything again.
+            StoreError: the database failed, and no more changes will be heard of.
+        """
+        # Everyone has a flag of their own: with one for all, who clears it first would
+        # take the others' wake-up away.
+        changed = asyncio.Event()
+        self._waiting.add(changed)
+        try:
+            while True:
+                changed.clear()
+                self._check_open()
+                found = await self.read(lambda repos: repos.events.since(after))  # noqa: B023
+                if found:
+                    after = found[-1].seq
+                    yield found
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await changed.wait()
+        finally:
+            self._waiting.discard(changed)
+
+    def _check_open(self) -> None:
+        if self._broken is not None:
+            raise StoreBrokenError(str(self._broken)) from self._broken
+        if self._closed:
+            raise NotReadyError("the server is stopping")
 
     def _read(self, work: Callable[[Repositories], _T]) -> _T:
         try:
-            with self._engine.connect() as connection:
+            with self._reading.connect() as connection:
                 return work(self._repositories(connection, SYSTEM))
         except SQLAlchemyError as error:
-            raise StoreError("the database cannot be read") from error
+            raise refusal(error) from error
 
     def _repositories(self, connection: Connection, actor: str) -> Repositories:
         now: datetime = self._clock.now()
@@ -177,42 +221,61 @@ class Store:
                     stopping = True
                 else:
                     group.append(job)
-            if group:
+            # From here on a caller that is cancelled leaves its job running: a future that
+            # was cancelled under us must not end this thread.
+            if group := [job for job in group if job.done.set_running_or_notify_cancel()]:
                 self._commit(group)
 
     def _commit(self, group: Sequence[_Job[Any]]) -> None:
-        answers: list[tuple[_Job[Any], Any, BaseException | None]] = []
         wrote = False
+        problem: BaseException | None = self._broken
         try:
-            with self._engine.begin() as connection:
-                for job in group:
-                    repositories = self._repositories(connection, job.actor)
-                    try:
-                        with connection.begin_nested():
-                            answers.append((job, job.work(repositories), None))
-                        wrote = wrote or repositories.events.wrote
-                    except SQLAlchemyError as error:
-                        refused = StoreError("the database refused the change")
-                        refused.__cause__ = error
-                        answers.append((job, None, refused))
-                    except Exception as error:  # noqa: BLE001 it is the caller's answer
-                        answers.append((job, None, error))
-                crash_point("store.before_commit")
-            crash_point("store.after_commit")
+            if problem is None:
+                with self._engine.begin() as connection:
+                    for job in group:
+                        wrote = self._run(job, connection) or wrote
+                    crash_point("store.before_commit")
+                crash_point("store.after_commit")
         except SQLAlchemyError as error:
-            # Nothing was committed, so nothing is acknowledged (SEC-101).
-            failed = NotReadyError("the database cannot be written; nothing was changed")
-            failed.__cause__ = error
-            answers = [(job, None, failed) for job in group]
-            wrote = False
-        for job, answer, problem in answers:
-            if problem is not None:
-                job.done.set_exception(problem)
-            else:
-                job.done.set_result(answer)
-        if wrote:
+            problem = refusal(error)
+        except SpiffeError as error:
+            problem = error
+        except BaseException as error:  # noqa: BLE001 nobody may wait for ever
+            problem = StoreError("the database refused; nothing was changed")
+            problem.__cause__ = error
+        if isinstance(problem, StoreBrokenError):
+            self._broken = problem
+        for job in group:
+            # Nothing was committed, so nothing is acknowledged (SEC-101); who was refused
+            # for a reason of their own is told that one.
+            if problem is not None and (job.problem is None or self._broken):
+                job.problem = problem
+            job.settle()
+        if (wrote and problem is None) or self._broken:
             with contextlib.suppress(RuntimeError):  # the loop is closed already
-                self._loop.call_soon_threadsafe(self._changed.set)
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _run(self, job: _Job[Any], connection: Connection) -> bool:
+        """Do one caller's work in its savepoint; True when it changed something."""
+        repositories = self._repositories(connection, job.actor)
+        try:
+            with connection.begin_nested():
+                job.answer = job.work(repositories)
+                repositories.events.flush()
+                repositories.audit.flush()
+        except SQLAlchemyError as error:
+            job.problem = refusal(error)
+            # SQLite ends the whole transaction by itself when the disk is full or fails.
+            # To go on would commit this caller's neighbours piecemeal.
+            if isinstance(job.problem, StoreBrokenError) or not in_transaction(connection):
+                raise job.problem from error
+        except Exception as error:  # noqa: BLE001 it is the caller's answer
+            job.problem = error
+        return repositories.events.wrote and job.problem is None
+
+    def _wake(self) -> None:
+        for changed in self._waiting:
+            changed.set()
 
 
 class SqlJournal:
@@ -255,52 +318,3 @@ class SqlJournal:
             repos.audit.add("authority.prune", authority_id)
 
         await self._store.write(work)
-
-
-def make_engine(path: Path) -> Engine:
-    """Return an engine on the SQLite file at *path*, with every connection set up alike."""
-    engine = create_engine(
-        f"sqlite:///{path}",
-        pool_size=READERS + 1,
-        max_overflow=0,
-        connect_args={"timeout": BUSY_MS / 1000, "check_same_thread": False},
-    )
-
-    @event.listens_for(engine, "connect")
-    def _set_up(connection: Any, _: object) -> None:
-        connection.isolation_level = None  # we say BEGIN ourselves, below
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
-
-    return engine
-
-
-def _prepare(path: Path, trust_domain: TrustDomain) -> Engine:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # The file is made by us, so that its mode is right from the first byte.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    found = os.fstat(descriptor)
-    os.close(descriptor)
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise PreconditionError(f"{path} must be this user's alone: chmod 0600 {path}")
-    engine = make_engine(path)
-    try:
-        with engine.connect() as connection:
-            verdict = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-        if verdict != "ok":
-            raise PreconditionError(f"{path} is damaged: restore it from a backup")
-        migrate.upgrade(engine)
-        migrate.claim(engine, trust_domain, path)
-    except (OperationalError, DatabaseError) as error:
-        engine.dispose()
-        raise PreconditionError(
-            f"{path} cannot be used as a database: restore it from a backup, or see the log"
-        ) from error
-    except Exception:
-        engine.dispose()
-        raise
-    return engine

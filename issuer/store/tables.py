@@ -13,6 +13,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 metadata: Final = MetaData()
@@ -25,6 +26,8 @@ meta = Table(
     # Never goes back, whatever is added, removed or restored (BUNDLE-08).
     Column("bundle_sequence", BigInteger, nullable=False),
     Column("refresh_hint", Integer, nullable=False),
+    # Random; another one after each restore, so that nobody takes the past for the present.
+    Column("epoch", Text, nullable=False),
 )  # fmt: skip
 
 # `row` is the order of insertion, which pages follow (SPIRE API 3.5).
@@ -51,6 +54,18 @@ entries = Table(
     Column("created_at", BigInteger, nullable=False),
     sqlite_autoincrement=True,
 )  # fmt: skip
+Index("entries_parent", entries.c.parent_id)
+Index("entries_spiffe_id", entries.c.spiffe_id)
+
+# Ids of entries that are gone, and how far their revisions had come: an id that comes back
+# goes on from there, so that no cache takes the new entry for the old one (SEC-47).
+gone_entries = Table(
+    "gone_entries", metadata,
+    Column("id", Text, primary_key=True),
+    Column("revision_number", BigInteger, nullable=False),
+    Column("gone_at", BigInteger, nullable=False),
+)  # fmt: skip
+Index("gone_entries_at", gone_entries.c.gone_at)
 
 agents = Table(
     "agents", metadata,
@@ -101,6 +116,10 @@ authorities = Table(
     Column("retired_at", BigInteger, nullable=False),
     sqlite_autoincrement=True,
 )  # fmt: skip
+# Two that sign at once cannot be stored, whatever the code above does (SEC-66, SEC-68).
+_ACTIVE: Final = text("state = 'active'")
+Index("authorities_one_active", authorities.c.kind, unique=True,
+      sqlite_where=_ACTIVE, postgresql_where=_ACTIVE)  # fmt: skip
 
 # What was signed, on record before anybody holds it (SEC-24).
 issued = Table(

@@ -1,0 +1,335 @@
+"""
+The server's composition root: builds every object, and only it does.
+
+Order: store, authorities, index, own SVID, then the doors; ready comes last, and goes first.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import ssl
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from prometheus_client import generate_latest
+
+from ca.clock import Clock, SystemClock
+from ca.jwt import JwtProfile
+from ca.keys.disk import DiskKeyManager
+from ca.keys.protocol import pkcs8_of
+from ca.lint import check_profile
+from ca.rotator import RotationSettings, Rotator
+from ca.schedule import Spans
+from ca.x509 import X509Profile
+from issuer.api.callers import AccessInterceptor, Callers
+from issuer.api.server import SIGNING_RATE, STATUS_RATE, Api, ApiLimits
+from issuer.attestation.join_token import JoinTokenAttestor
+from issuer.config import ServerSettings
+from issuer.services.agents import AgentService
+from issuer.services.bundles import BundleService
+from issuer.services.entries import EntryService
+from issuer.services.hub import Hub
+from issuer.services.ratelimit import RateLimit
+from issuer.services.svids import SvidService
+from issuer.store.store import Repositories, SqlJournal, Store
+from issuer.telemetry.metrics import ServerMetrics
+from spiffe_core.errors import SpiffeError
+from spiffe_core.keys import spki_of
+from spiffe_core.lifetime import renew_at
+from spiffe_core.spiffeid import SpiffeId, TrustDomain
+from spiffe_core.x509svid import X509Svid, verify_x509_svid
+from spiffe_wire.frontdoor.door import FrontDoor
+from spiffe_wire.frontdoor.tls import server_context
+from spiffe_wire.httpstatus import StatusServer
+from spiffe_wire.interceptors import ErrorInterceptor
+from spiffe_wire.logs import event
+
+_log = logging.getLogger(__name__)
+MAX_CONNECTION_AGE: Final = timedelta(minutes=3)  # SEC-17
+STOP_GRACE: Final = timedelta(seconds=5)  # SEC-108: all of it within 10 s
+KEEP_EVENTS: Final = timedelta(hours=24)
+PRUNE_SECONDS: Final = 600.0
+
+
+@dataclass
+class OwnSvid:
+    """The server's own X509-SVID, renewed by itself, and the TLS context made of it."""
+
+    svids: SvidService
+    hub: Hub
+    clock: Clock
+    server_id: SpiffeId
+    ttl: timedelta
+    svid: X509Svid | None = None
+    _key: bytes = field(default=b"", repr=False)
+    _context: tuple[tuple[int, int], ssl.SSLContext] | None = None
+
+    async def renew(self) -> None:
+        """Get a new key and SVID."""
+        private = ec.generate_private_key(ec.SECP256R1())
+        signed = await self.svids.sign_own(
+            self.server_id, spki_of(private.public_key()), self.ttl
+        )
+        self.svid, self._key = signed.svid, pkcs8_of(private)
+
+    def context(self) -> ssl.SSLContext:
+        """The context for the next connection: made anew when SVID or bundle changed."""
+        assert self.svid is not None  # noqa: S101 renewed before any door opens
+        version = (self.svid.serial_number, self.hub.bundle.sequence_number)
+        if self._context is None or self._context[0] != version:
+            roots = [one.der for one in self.hub.bundle.x509_authorities]
+            self._context = version, server_context(self.svid.chain, self._key, roots)
+        return self._context[1]
+
+    async def run(self) -> None:
+        """Renew at half-life until cancelled; a failed try is made again in seconds."""
+        while True:
+            assert self.svid is not None  # noqa: S101
+            due = renew_at(self.svid.validity) - self.clock.now()
+            await self.clock.sleep(max(min(due, timedelta(minutes=1)), timedelta(seconds=1)))
+            if self.clock.now() >= renew_at(self.svid.validity):
+                try:
+                    await self.renew()
+                except SpiffeError as error:
+                    event(_log, logging.ERROR, "own_svid_not_renewed", exc_info=error)
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    settings: ServerSettings
+    store: Store
+    rotator: Rotator
+    hub: Hub
+    own: OwnSvid
+    metrics: ServerMetrics
+    port: int = 0
+    status_port: int = 0
+    ready: bool = False
+
+    def problems(self) -> list[str]:
+        """What keeps this server from being ready; empty when nothing does (SEC-114)."""
+        found = [] if self.ready else ["starting or stopping"]
+        if self.rotator.problem:
+            found.append(self.rotator.problem)
+        if self.own.svid is not None and not self.own.svid.validity.covers(
+            self.own.clock.now()
+        ):
+            found.append("the server's own SVID has expired")
+        return found
+
+    def is_ready(self) -> bool:
+        """True when agents and operators can be served."""
+        return not self.problems()
+
+
+@asynccontextmanager
+async def serve(settings: ServerSettings, clock: Clock | None = None) -> AsyncIterator[Server]:
+    """
+    Run a server while entered; it is ready when this yields.
+
+    Raises:
+        SpiffeError: says what keeps it from starting, and what to do.
+    """
+    clock = clock or SystemClock()
+    os.umask(0o077)
+    trust_domain = TrustDomain(settings.trust_domain)
+    async with contextlib.AsyncExitStack() as stack:
+        store = await Store.open(settings.database, trust_domain, clock)
+        stack.push_async_callback(store.close)
+        rotator = Rotator(
+            SqlJournal(store),
+            DiskKeyManager(settings.data_dir / "keys"),
+            RotationSettings(
+                settings.authority.x509_ttl,
+                settings.authority.jwt_ttl,
+                settings.authority.key_type,
+                Spans(settings.authority.publish_ahead, settings.svids.x509_max_ttl),
+            ),
+            clock,
+            trust_domain,
+        )
+        await rotator.start()
+        hub = Hub(store, trust_domain)
+        await hub.hydrate()
+        metrics = ServerMetrics()
+        running: list[Server] = []
+        api = _api(settings, store, hub, rotator, clock, metrics, lambda: running[0].is_ready())
+        own = OwnSvid(api.svids, hub, clock, trust_domain.server_id, settings.svids.agent_ttl)
+        await own.renew()
+        server = Server(settings, store, rotator, hub, own, metrics)
+        running.append(server)
+        await stack.enter_async_context(_background(server, rotator, hub, own, store, clock))
+        await _open_doors(stack, server, api)
+        server.ready = True
+        event(_log, logging.INFO, "server_ready", trust_domain=trust_domain, port=server.port)
+        try:
+            yield server
+        finally:
+            server.ready = False
+            event(_log, logging.INFO, "server_stopping")
+
+
+def _api(
+    settings: ServerSettings,
+    store: Store,
+    hub: Hub,
+    rotator: Rotator,
+    clock: Clock,
+    metrics: ServerMetrics,
+    is_ready: Callable[[], bool],
+) -> Api:
+    trust_domain = TrustDomain(settings.trust_domain)
+    lives = settings.svids
+    profile = X509Profile(lives.x509_ttl, lives.x509_max_ttl, lives.backdate)
+    svids = SvidService(
+        store,
+        hub,
+        rotator,
+        clock,
+        check_profile(profile, clock.now()),
+        JwtProfile(lives.jwt_ttl, lives.jwt_max_ttl, lives.jwt_issuer),
+        trust_domain,
+        metrics.on_issued,
+    )
+    attestors = {JoinTokenAttestor.type: JoinTokenAttestor(trust_domain)}
+    agents = AgentService(
+        store, hub, svids, clock, trust_domain, attestors, settings.svids.agent_ttl
+    )
+    admin_ids = frozenset(SpiffeId.parse(one) for one in settings.admin_ids)
+    signing = SIGNING_RATE if settings.rate_limits.signing else 0
+    return Api(
+        store,
+        hub,
+        clock,
+        EntryService(store, hub, trust_domain),
+        agents,
+        svids,
+        BundleService(store, hub, trust_domain),
+        Callers(hub, agents, store, clock, admin_ids),
+        ApiLimits(
+            RateLimit("attest agent", 1 if settings.rate_limits.attestation else 0),
+            RateLimit("certificate signing", signing),
+            RateLimit("JWT signing request", signing),
+            RateLimit("post status", STATUS_RATE),
+        ),
+        is_ready,
+    )
+
+
+async def _open_doors(stack: contextlib.AsyncExitStack, server: Server, api: Api) -> None:
+    settings = server.settings
+    interceptors = [ErrorInterceptor(server.metrics.on_call), AccessInterceptor(api.callers)]
+    inner = settings.runtime_dir / "inner"
+    tcp = await stack.enter_async_context(
+        FrontDoor(
+            lambda grpc_server: api.register(grpc_server, local=False),
+            runtime_dir=inner,
+            interceptors=interceptors,
+            max_age=MAX_CONNECTION_AGE,
+        )
+    )
+    admin = await stack.enter_async_context(
+        FrontDoor(
+            lambda grpc_server: api.register(grpc_server, local=True),
+            runtime_dir=inner,
+            interceptors=interceptors,
+        )
+    )
+
+    def identify(chain: tuple[bytes, ...]) -> X509Svid:
+        return verify_x509_svid(chain, server.hub.own_roots(), at=server.own.clock.now())
+
+    uids = frozenset({0, os.geteuid(), *settings.admin_uids})
+    mode = 0o600 if not settings.admin_uids else 0o666  # the list of uids decides then
+    await admin.listen_unix(settings.admin_socket_path, mode=mode, allowed_uids=uids)
+    server.port = await tcp.listen_tls(
+        settings.bind_address, settings.bind_port, context=server.own.context, identify=identify
+    )
+    if settings.status.port or settings.bind_port == 0:
+        status = stack.enter_context(_status(server))
+        server.status_port = status.port
+    stack.push_async_callback(admin.close, STOP_GRACE)
+    stack.push_async_callback(tcp.close, STOP_GRACE)
+
+
+def _status(server: Server) -> StatusServer:
+    metrics = server.metrics
+
+    def ready() -> tuple[int, str, bytes]:
+        problems = server.problems()
+        body = json.dumps({"ready": not problems, "problems": problems}).encode()
+        return (503 if problems else 200), "application/json", body + b"\n"
+
+    def page() -> tuple[int, str, bytes]:
+        metrics.entries.set(len(server.hub.index))
+        metrics.agents.set(sum(1 for _ in server.hub.index.agents()))
+        metrics.watchers.set(server.hub.watchers)
+        metrics.event_seq.set(server.hub.seq)
+        ends = server.rotator.x509.authority.validity.not_after
+        metrics.authority_expiry.labels("x509").set(ends.timestamp())
+        metrics.authority_expiry.labels("jwt").set(
+            server.rotator.jwt.validity.not_after.timestamp()
+        )
+        return 200, "text/plain; version=0.0.4", generate_latest(metrics.registry)
+
+    routes = {
+        "/live": lambda: (200, "application/json", b'{"live": true}\n'),
+        "/ready": ready,
+        "/metrics": page,
+    }
+    return StatusServer(server.settings.status.host, server.settings.status.port, routes)
+
+
+@asynccontextmanager
+async def _background(
+    server: Server, rotator: Rotator, hub: Hub, own: OwnSvid, store: Store, clock: Clock
+) -> AsyncIterator[None]:
+    tasks = [
+        asyncio.create_task(one, name=name)
+        for name, one in (
+            ("rotate", rotator.run()),
+            ("fold", _watched(hub.run(), server)),
+            ("own-svid", own.run()),
+            ("prune", _prune(store, clock)),
+        )
+    ]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _watched(folding: Coroutine[None, None, None], server: Server) -> None:
+    """Without the feed, bans would not be heard of: stop saying ready, and end."""
+    try:
+        await folding
+    except SpiffeError as error:
+        server.ready = False
+        event(_log, logging.CRITICAL, "change_feed_lost", exc_info=error)
+        os._exit(1)  # crash-only: a supervisor starts us again, from what is durable
+
+
+async def _prune(store: Store, clock: Clock) -> None:
+    while True:
+        await asyncio.sleep(PRUNE_SECONDS)
+        before = clock.now() - KEEP_EVENTS
+
+        def work(repos: Repositories, before: datetime = before) -> None:
+            repos.events.prune(before)
+            repos.tokens.prune()
+            repos.issued.prune(before)
+
+        try:
+            await store.write(work)
+        except SpiffeError as error:
+            event(_log, logging.WARNING, "prune_failed", exc_info=error)

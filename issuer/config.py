@@ -1,0 +1,116 @@
+"""The server's settings; `docs/reference/config.md` is made from them."""
+
+import enum
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from spiffe_core.keys import KeyKind
+from spiffe_core.spiffeid import TrustDomain
+from spiffe_wire.settings import SettingsError, section, setting
+
+ROLE = "server"
+DEFAULT_DATA_DIR = Path("/var/lib/spiffe-issuer/server")
+DEFAULT_RUNTIME_DIR = Path("/run/spiffe-issuer/server")
+
+
+class LogStyle(enum.Enum):
+    """How log lines look."""
+
+    JSON = "json"
+    TEXT = "text"
+
+
+@dataclass(frozen=True)
+class Authority:
+    """How the trust domain's authorities live."""
+
+    key_type: KeyKind = setting("Key of new authorities", KeyKind.EC_P256)
+    x509_ttl: timedelta = setting("Life of an X.509 authority", timedelta(days=365))
+    jwt_ttl: timedelta = setting("Life of a JWT authority", timedelta(days=30))
+    publish_ahead: timedelta = setting(
+        "A new authority is published this long before it signs; at least one sync interval",
+        timedelta(minutes=10),
+    )
+
+
+@dataclass(frozen=True)
+class Svids:
+    """How long what is issued lives."""
+
+    x509_ttl: timedelta = setting(
+        "Life of an X509-SVID whose entry names none", timedelta(hours=1)
+    )
+    x509_max_ttl: timedelta = setting("No X509-SVID lives longer", timedelta(hours=24))
+    jwt_ttl: timedelta = setting(
+        "Life of a JWT-SVID whose entry names none", timedelta(minutes=5)
+    )
+    jwt_max_ttl: timedelta = setting("No JWT-SVID lives longer", timedelta(hours=1))
+    agent_ttl: timedelta = setting("Life of an agent's own SVID", timedelta(hours=1))
+    backdate: timedelta = setting(
+        "X509-SVIDs begin this long ago, for skew", timedelta(seconds=60)
+    )
+    jwt_issuer: str = setting("`iss` of JWT-SVIDs; empty leaves it out", "")
+
+
+@dataclass(frozen=True)
+class RateLimits:
+    """What one caller may ask for."""
+
+    attestation: bool = setting("Attest at most once a second for each address", True)
+    signing: bool = setting("Sign at most 500 times a second for each agent", True)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Health and metrics over plain HTTP."""
+
+    host: str = setting("Address of /live, /ready and /metrics", "127.0.0.1")
+    port: int = setting("Port of the same; 0 turns it off", 8180)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Everything `issuer server run` can be told."""
+
+    trust_domain: str = setting("Name of the trust domain, such as example.org")
+    bind_address: str = setting("Address that agents connect to", "0.0.0.0")  # noqa: S104 SPIRE's
+    bind_port: int = setting("Port that agents connect to; 0 picks one", 8081)
+    data_dir: Path = setting("Database and keys; a folder of mode 0700", DEFAULT_DATA_DIR)
+    runtime_dir: Path = setting(
+        "Sockets; a folder that is empty after a boot", DEFAULT_RUNTIME_DIR
+    )
+    admin_socket: str = setting("Admin socket; empty means admin.sock in runtime_dir", "")
+    admin_uids: tuple[int, ...] = setting(
+        "Users beside our own who may use the admin socket", ()
+    )
+    admin_ids: tuple[str, ...] = setting("SPIFFE IDs whose holders are admins over TCP", ())
+    authority: Authority = section("The trust domain's authorities", Authority)
+    svids: Svids = section("What is issued", Svids)
+    rate_limits: RateLimits = section("Limits for each caller", RateLimits)
+    status: Status = section("Health and metrics", Status)
+    log_style: LogStyle = setting("How log lines look", LogStyle.JSON)
+    log_level: str = setting("Least level that is logged", "info")
+
+    def __post_init__(self) -> None:
+        TrustDomain(self.trust_domain)
+        if not 0 <= self.bind_port <= 65535:
+            raise SettingsError("bind_port: must be 0 to 65535")
+        if self.svids.agent_ttl < timedelta(seconds=10):
+            raise SettingsError("svids.agent_ttl: must be at least 10s")
+        if self.authority.x509_ttl < 2 * self.svids.x509_ttl:
+            raise SettingsError(
+                "authority.x509_ttl: must be at least twice svids.x509_ttl, or SVIDs are cut short"
+            )
+
+    @property
+    def admin_socket_path(self) -> Path:
+        """Where the admin socket is."""
+        if self.admin_socket:
+            return Path(self.admin_socket)
+        return self.runtime_dir / "admin.sock"
+
+    @property
+    def database(self) -> Path:
+        """The database file."""
+        return self.data_dir / "issuer.db"

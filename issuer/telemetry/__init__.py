@@ -1,0 +1,1 @@
+"""Metric names, in one place."""

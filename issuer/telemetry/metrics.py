@@ -1,0 +1,46 @@
+"""The server's metrics; `docs/reference/metrics.md` is made from them."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class ServerMetrics:
+    """Every metric of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.calls = Counter(
+            "issuer_calls", "Finished calls", ["method", "code"], registry=self.registry
+        )
+        self.call_seconds = Histogram(
+            "issuer_call_seconds", "How long calls took", ["method"], registry=self.registry,
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
+        )  # fmt: skip
+        self.issued = Counter(
+            "issuer_svids_issued",
+            "SVIDs signed and on record",
+            ["kind"],
+            registry=self.registry,
+        )
+        self.entries = Gauge(
+            "issuer_entries", "Registration entries held", registry=self.registry
+        )
+        self.agents = Gauge("issuer_agents", "Attested agents", registry=self.registry)
+        self.watchers = Gauge(
+            "issuer_watch_streams", "Agents that hold a watch stream", registry=self.registry
+        )
+        self.authority_expiry = Gauge(
+            "issuer_authority_expiry_seconds", "Unix time at which the signing authority ends",
+            ["kind"], registry=self.registry,
+        )  # fmt: skip
+        self.event_seq = Gauge(
+            "issuer_event_sequence", "Last change folded into memory", registry=self.registry
+        )
+
+    def on_call(self, method: str, code: str, seconds: float) -> None:
+        """Note one finished call."""
+        self.calls.labels(method, code).inc()
+        self.call_seconds.labels(method).observe(seconds)
+
+    def on_issued(self, kind: str, count: int) -> None:
+        """Note SVIDs that were signed and recorded."""
+        self.issued.labels(kind).inc(count)

@@ -1,0 +1,261 @@
+"""
+The agent's composition root: builds every object, and only it does.
+
+Order: cache from disk, own identity, syncing, then the sockets.  What an earlier life left on
+disk is served at once, whether or not the server answers (SEC-106).
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from prometheus_client import generate_latest
+
+from spiffe_core.errors import SpiffeError
+from spiffe_core.spiffeid import TrustDomain
+from spiffe_wire.backoff import Backoff
+from spiffe_wire.frontdoor.dialer import Dialer
+from spiffe_wire.frontdoor.door import DoorLimits, FrontDoor
+from spiffe_wire.httpstatus import StatusServer
+from spiffe_wire.interceptors import ErrorInterceptor
+from spiffe_wire.logs import event
+from spiffe_wire.pb.grpc.health.v1 import health_pb2_grpc
+from spiffe_wire.pb.spiffe_issuer.v1 import (
+    agentadmin_pb2_grpc,
+    explain_pb2_grpc,
+    whoami_pb2_grpc,
+)
+from spiffe_wire.security_header import SecurityHeaderInterceptor
+from workload_api.agent.config import AgentSettings
+from workload_api.agent.metrics import AgentMetrics
+from workload_api.agent.storage import AgentStorage
+from workload_api.attestors.registry import Attestation
+from workload_api.attestors.unix import UnixAttestor
+from workload_api.cache.cache import WorkloadCache
+from workload_api.endpoint import reflection
+from workload_api.endpoint.admin import AdminServicer, AgentHealthServicer, WhoAmIServicer
+from workload_api.endpoint.responses import Responses
+from workload_api.endpoint.workload import WorkloadServicer, register
+from workload_api.node.identity import NodeIdentity, NoWayToAttestError, read_trust_bundle
+from workload_api.sync.syncer import Syncer
+
+_log = logging.getLogger(__name__)
+WORKLOAD_MESSAGE_BYTES: Final = 64 * 1024  # security requirements, table 1
+STOP_GRACE: Final = timedelta(seconds=3)
+
+
+@dataclass
+class Agent:
+    """A running agent; `ended` is done when it cannot go on."""
+
+    settings: AgentSettings
+    cache: WorkloadCache
+    node: NodeIdentity
+    syncer: Syncer
+    metrics: AgentMetrics
+    ended: "asyncio.Task[None]"
+    status_port: int = 0
+
+    def problems(self) -> list[str]:
+        """What keeps workloads from being served; empty when nothing does."""
+        return [] if self.cache.ready else [self.syncer.state.problem or "starting"]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def version() -> str:
+    """The version of this installation."""
+    return metadata.version("spiffe-issuer")
+
+
+@asynccontextmanager
+async def serve(settings: AgentSettings, join_token: str = "") -> AsyncIterator[Agent]:
+    """
+    Run an agent while entered; its sockets are open when this yields.
+
+    Raises:
+        SpiffeError: says what keeps it from starting, and what to do.
+    """
+    os.umask(0o077)
+    trust_domain = TrustDomain(settings.trust_domain)
+    async with contextlib.AsyncExitStack() as stack:
+        storage = AgentStorage(settings.data_dir, settings.runtime_dir)
+        cache = WorkloadCache(trust_domain)
+        served_before = await asyncio.to_thread(storage.load_cache, cache, _now())
+        if trust_domain not in cache.bundles and settings.server.trust_bundle:
+            bundle = read_trust_bundle(Path(settings.server.trust_bundle), trust_domain)
+            cache.bundles[trust_domain] = bundle
+        node = NodeIdentity(trust_domain, storage, cache, _now)
+        known = await node.load()
+        if not known and not join_token and not served_before:
+            raise NoWayToAttestError(
+                "this agent has no identity and no join token: make one with `issuer token "
+                "generate` on the server, and start with --join-token-file FILE"
+            )
+        dialer = await stack.enter_async_context(
+            Dialer(
+                settings.server.address,
+                settings.server.port,
+                context=node.context,
+                check=node.check_server,
+                runtime_dir=settings.runtime_dir / "inner",
+            )
+        )
+        syncer = Syncer(
+            cache,
+            node,
+            dialer,
+            storage,
+            _now,
+            settings.workloads.key_type,
+            settings.server.sync_interval,
+            version(),
+        )
+        metrics = AgentMetrics()
+        running = asyncio.create_task(_run(node, dialer, syncer, join_token, known=known))
+        stack.push_async_callback(_cancel, running)
+        agent = Agent(settings, cache, node, syncer, metrics, running)
+        await _open_sockets(stack, agent)
+        event(_log, logging.INFO, "agent_serving", socket=settings.workload_socket)
+        yield agent
+
+
+async def _run(
+    node: NodeIdentity, dialer: Dialer, syncer: Syncer, join_token: str, *, known: bool
+) -> None:
+    backoff = Backoff(timedelta(milliseconds=200), timedelta(seconds=30))
+    while not known:
+        try:
+            await node.attest(dialer.channel, join_token)
+            known = True
+            dialer.cut()  # from here on with our own certificate
+        except SpiffeError as error:
+            syncer.state.problem = dialer.problem or str(error)
+            event(_log, logging.WARNING, "attestation_failed", why=syncer.state.problem)
+            if not dialer.problem and error.kind.name not in ("NOT_READY", "EXHAUSTED"):
+                raise
+            await asyncio.sleep(backoff.next().total_seconds())
+    await syncer.run()
+
+
+async def _cancel(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError, SpiffeError):
+        await task
+
+
+async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
+    settings, cache, metrics = agent.settings, agent.cache, agent.metrics
+    attestation = Attestation(
+        [UnixAttestor(hash_executables=settings.workloads.hash_executables)]
+    )
+    stopping = asyncio.Event()
+    workload = WorkloadServicer(
+        cache,
+        attestation,
+        agent.syncer.tokens,
+        Responses(cache.trust_domain),
+        metrics,
+        _now,
+        settings.workloads.no_identity_grace,
+        stopping,
+    )
+
+    def register_public(server: Any) -> None:
+        register(workload, server)
+        whoami_pb2_grpc.add_WhoAmIServicer_to_server(
+            WhoAmIServicer(cache, attestation, _now), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(
+            AgentHealthServicer(lambda: cache.ready), server
+        )
+        reflection.register(server)
+
+    public = await stack.enter_async_context(
+        FrontDoor(
+            register_public,
+            runtime_dir=settings.runtime_dir / "inner",
+            interceptors=[SecurityHeaderInterceptor(), ErrorInterceptor(metrics.on_call)],
+            limits=DoorLimits(),
+            max_message_bytes=WORKLOAD_MESSAGE_BYTES,
+        )
+    )
+    servicer = AdminServicer(
+        cache, attestation, agent.node, agent.syncer, _now, lambda: public.proof, version()
+    )
+
+    def register_admin(server: Any) -> None:
+        agentadmin_pb2_grpc.add_AgentAdminServicer_to_server(servicer, server)
+        explain_pb2_grpc.add_ExplainServicer_to_server(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(
+            AgentHealthServicer(lambda: cache.ready), server
+        )
+
+    admin = await stack.enter_async_context(
+        FrontDoor(
+            register_admin,
+            runtime_dir=settings.runtime_dir / "inner",
+            interceptors=[ErrorInterceptor(metrics.on_call)],
+        )
+    )
+    uids = frozenset({0, os.geteuid(), *settings.admin_uids})
+    mode = 0o600 if not settings.admin_uids else 0o666
+    await admin.listen_unix(settings.admin_socket, mode=mode, allowed_uids=uids)
+    await public.listen_unix(
+        settings.workload_socket, mode=0o777, policy=settings.workloads.peer_proof
+    )
+    if settings.status.port:
+        status = stack.enter_context(_status(agent))
+        agent.status_port = status.port
+
+    async def stop() -> None:
+        stopping.set()  # streams end with UNAVAILABLE first, so that clients come back
+        await asyncio.sleep(0.05)
+        await public.close(STOP_GRACE)
+
+    stack.push_async_callback(stop)
+
+
+def _status(agent: Agent) -> StatusServer:
+    metrics = agent.metrics
+
+    def ready() -> tuple[int, str, bytes]:
+        problems = agent.problems()
+        state = agent.syncer.state
+        body = json.dumps(
+            {
+                "ready": not problems,
+                "problems": problems,
+                "connected": state.connected,
+                "sync_mode": state.mode,
+                "server_problem": state.problem,
+            }
+        )
+        return (503 if problems else 200), "application/json", body.encode() + b"\n"
+
+    def page() -> tuple[int, str, bytes]:
+        metrics.entries.set(len(agent.cache.index))
+        metrics.svids.set(len(agent.cache.svids))
+        metrics.streams.set(agent.cache.streams)
+        metrics.connected.set(1 if agent.syncer.state.connected else 0)
+        if agent.node.svid is not None:
+            metrics.own_expiry.set(agent.node.svid.validity.not_after.timestamp())
+        return 200, "text/plain; version=0.0.4", generate_latest(metrics.registry)
+
+    routes: dict[str, Callable[[], tuple[int, str, bytes]]] = {
+        "/live": lambda: (200, "application/json", b'{"live": true}\n'),
+        "/ready": ready,
+        "/metrics": page,
+    }
+    return StatusServer(agent.settings.status.host, agent.settings.status.port, routes)

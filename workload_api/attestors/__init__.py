@@ -1,0 +1,1 @@
+"""Who is calling: attestors turn a proven process into selectors."""

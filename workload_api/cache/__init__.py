@@ -1,0 +1,1 @@
+"""Which workload gets what, now."""

@@ -1,0 +1,1 @@
+"""For workloads: a client of the Workload API."""

@@ -1,0 +1,1 @@
+"""The Workload API and the admin services, behind the front door."""

@@ -1,0 +1,110 @@
+"""
+Workload API messages, built once for all streams that get the same (architecture A14).
+
+Source: WAPI-17 to WAPI-41, IOP-04, IOP-08, IOP-09, IOP-25 to IOP-27, T-13.  Every message is
+read back before it is sent: a client that cannot parse one drops the whole update, or stops.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final
+
+from spiffe_core.bundle_document import bundle_from_document, jwks_of
+from spiffe_core.der import split_certificates
+from spiffe_core.errors import InternalError, MalformedError
+from spiffe_core.spiffeid import TrustDomain
+from spiffe_core.x509svid import X509Svid
+from spiffe_wire.pb import workloadapi_pb2
+from workload_api.cache.cache import View
+
+MAX_BYTES: Final = 4 * 1024 * 1024 - 1024  # IOP-25: clients receive at most 4 MiB
+KEPT: Final = 1024
+
+
+class Responses:
+    """Serialised messages by content."""
+
+    def __init__(self, trust_domain: TrustDomain) -> None:
+        self._trust_domain = trust_domain
+        self._made: OrderedDict[tuple[object, ...], tuple[object, bytes]] = OrderedDict()
+
+    def x509_svids(self, view: View) -> bytes:
+        """
+        Return an ``X509SVIDResponse``.
+
+        Raises:
+            InternalError: it would break a rule; the caller keeps the last good one.
+        """
+        return self._once(("x509", *view.key), view, self._x509_svids)
+
+    def x509_bundles(self, view: View) -> bytes:
+        """Return an ``X509BundlesResponse``; see `x509_svids`."""
+        return self._once(("x509-bundles", *view.key), view, self._x509_bundles)
+
+    def jwt_bundles(self, view: View) -> bytes:
+        """Return a ``JWTBundlesResponse``; see `x509_svids`."""
+        return self._once(("jwt-bundles", *view.key), view, self._jwt_bundles)
+
+    def _once(
+        self, key: tuple[object, ...], view: View, build: Callable[[View], bytes]
+    ) -> bytes:
+        found = self._made.get(key)
+        if found is not None:
+            self._made.move_to_end(key)
+            return found[1]
+        try:
+            made = build(view)
+        except MalformedError as error:
+            raise InternalError("a response would break a rule; it was not sent") from error
+        if len(made) > MAX_BYTES:
+            raise InternalError("a response would be over 4 MiB: federate with fewer domains")
+        # The view is kept beside its bytes: its key holds ids of objects, which must live.
+        self._made[key] = view, made
+        while len(self._made) > KEPT:
+            self._made.popitem(last=False)
+        return made
+
+    def _x509_svids(self, view: View) -> bytes:
+        own = view.bundles[self._trust_domain].x509_der()
+        split_certificates(own)
+        response = workloadapi_pb2.X509SVIDResponse()
+        hints = set()
+        for one in view.identities:
+            svid = X509Svid.from_chain(one.svid.chain)
+            if svid.spiffe_id != one.entry.spiffe_id:
+                raise InternalError("an SVID is not that of its entry")
+            if one.entry.hint and one.entry.hint in hints:
+                raise InternalError("two SVIDs have one hint")
+            hints.add(one.entry.hint)
+            response.svids.add(
+                spiffe_id=svid.spiffe_id.uri,
+                x509_svid=svid.chain_der(),
+                x509_svid_key=one.svid.key,
+                bundle=own,
+                hint=one.entry.hint,
+            )
+        if not response.svids:
+            raise InternalError("an answer without an SVID is never sent")  # IOP-09
+        for name, bundle in view.bundles.items():
+            if name != self._trust_domain and bundle.x509_authorities:  # IOP-08
+                response.federated_bundles[name.id.uri] = bundle.x509_der()
+        return bytes(response.SerializeToString())
+
+    def _x509_bundles(self, view: View) -> bytes:
+        response = workloadapi_pb2.X509BundlesResponse()
+        for name, bundle in view.bundles.items():
+            if bundle.x509_authorities:
+                response.bundles[name.id.uri] = bundle.x509_der()
+        if self._trust_domain.id.uri not in response.bundles:  # WAPI-29
+            raise InternalError("our own bundle has no X.509 authority")
+        return bytes(response.SerializeToString())
+
+    def _jwt_bundles(self, view: View) -> bytes:
+        response = workloadapi_pb2.JWTBundlesResponse()
+        for name, bundle in view.bundles.items():
+            if not bundle.jwt_authorities and name != self._trust_domain:
+                continue
+            keys = jwks_of(bundle)
+            bundle_from_document(name, keys)
+            response.bundles[name.id.uri] = keys
+        return bytes(response.SerializeToString())

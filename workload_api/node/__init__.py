@@ -1,0 +1,1 @@
+"""Proving this node, and staying proved."""

@@ -1,0 +1,189 @@
+"""
+The agent's own identity: attest once, renew at half-life, keep it through restarts.
+
+Source: SPIRE API 8.1 and 9, SEC-50 (a lost reply), SEC-54, SEC-57 (the server is known
+before the first byte).
+"""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from spiffe_core.authority import X509Authority
+from spiffe_core.bundle import Bundle, BundleSet
+from spiffe_core.bundle_document import bundle_from_document
+from spiffe_core.errors import InternalError, MalformedError, PreconditionError
+from spiffe_core.lifetime import renew_at
+from spiffe_core.matching import exactly
+from spiffe_core.pem import certificates_from_pem
+from spiffe_core.spiffeid import TrustDomain
+from spiffe_core.x509svid import X509Svid, verify_x509_svid
+from spiffe_wire.frontdoor.tls import client_context
+from spiffe_wire.logs import event
+from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2, agent_pb2_grpc
+from spiffe_wire.pb.spire.api.types import attestation_pb2
+from spiffe_wire.status import error_of
+from workload_api.agent.storage import AgentStorage, NodeState
+from workload_api.cache.cache import WorkloadCache
+from workload_api.node.keys import make_csr, make_key
+
+_log = logging.getLogger(__name__)
+ATTEST_TIMEOUT = 30.0
+"""Seconds for one attestation."""
+
+
+class NoWayToAttestError(PreconditionError):
+    """There is no identity on disk and nothing to get one with."""
+
+
+def read_trust_bundle(path: Path, trust_domain: TrustDomain) -> Bundle:
+    """
+    Read the bundle that the server is known by at the first start.
+
+    Raises:
+        PreconditionError: not there, or neither PEM nor a bundle document.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PreconditionError(
+            f"cannot read the trust bundle {path}: {error.strerror}; make it with "
+            "`issuer bundle show > FILE` on the server"
+        ) from error
+    try:
+        if data.lstrip().startswith(b"{"):
+            return bundle_from_document(trust_domain, data)
+        ders = certificates_from_pem(data.decode("ascii"))
+        return Bundle(trust_domain, tuple(X509Authority.parse(der) for der in ders))
+    except (MalformedError, UnicodeDecodeError) as error:
+        raise PreconditionError(f"the trust bundle {path} cannot be used: {error}") from error
+
+
+@dataclass
+class NodeIdentity:
+    """Who this agent is, and how it knows its server."""
+
+    trust_domain: TrustDomain
+    storage: AgentStorage
+    cache: WorkloadCache
+    now: Callable[[], datetime]
+    svid: X509Svid | None = None
+    _key: bytes = field(default=b"", repr=False)
+
+    async def load(self) -> bool:
+        """Take up the identity on disk; return whether it is still good."""
+        state = await asyncio.to_thread(self.storage.load_node)
+        if state is None or not state.chain:
+            return False
+        svid = X509Svid.from_chain(state.chain)
+        if not svid.validity.covers(self.now()):
+            event(_log, logging.WARNING, "own_svid_expired", at=svid.validity.not_after)
+            return False
+        self.svid, self._key = svid, state.key
+        return True
+
+    def context(self) -> ssl.SSLContext:
+        """TLS towards the server; with our SVID when we have one."""
+        own = self.cache.bundles.get(self.trust_domain)
+        if own is None or not own.x509_authorities:
+            raise PreconditionError(
+                "no trust bundle to know the server by: set server.trust_bundle"
+            )
+        roots = [one.der for one in own.x509_authorities]
+        if self.svid is None:
+            return client_context(roots)
+        return client_context(roots, self.svid.chain, self._key)
+
+    def check_server(self, chain: tuple[bytes, ...]) -> None:
+        """
+        See that the server is ours, before a byte is sent to it.
+
+        Raises:
+            X509SvidError: its chain does not lead to our bundle.
+            MismatchError: it is somebody else of our trust domain.
+        """
+        bundles = BundleSet({self.trust_domain: self.cache.bundles[self.trust_domain]})
+        server = verify_x509_svid(chain, bundles, at=self.now())
+        exactly(self.trust_domain.server_id)(server.spiffe_id)
+
+    async def attest(self, channel: Any, join_token: str) -> None:
+        """
+        Attest with a join token over *channel*; the identity is on disk when this returns.
+
+        Raises:
+            NoWayToAttestError: no token.
+            SpiffeError: what the server said.
+        """
+        if not join_token:
+            raise NoWayToAttestError(
+                "this agent has no identity and no join token: make one with `issuer token "
+                "generate` and start with --join-token-file"
+            )
+        state = await asyncio.to_thread(self.storage.load_node)
+        # The key is kept before the token is spent: if the reply is lost, the same key and
+        # token are answered again for a minute.
+        key = state.key if state is not None and not state.chain else make_key()
+        await asyncio.to_thread(self.storage.save_node, NodeState(key))
+        request = agent_pb2.AttestAgentRequest(
+            params=agent_pb2.AttestAgentRequest.Params(
+                data=attestation_pb2.AttestationData(
+                    type="join_token", payload=join_token.encode()
+                ),
+                params=agent_pb2.AgentX509SVIDParams(csr=make_csr(key)),
+            )
+        )
+        try:
+            call = agent_pb2_grpc.AgentStub(channel).AttestAgent(timeout=ATTEST_TIMEOUT)
+            await call.write(request)
+            answer = await call.read()
+            await call.done_writing()
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        if answer is grpc.aio.EOF or not answer.HasField("result"):
+            raise InternalError("the server ended the attestation without an answer")
+        await self._take(tuple(answer.result.svid.cert_chain), key)
+        event(_log, logging.INFO, "node_attested", agent=self._own().spiffe_id)
+
+    async def renew(self, channel: Any) -> None:
+        """
+        Get a new SVID with a new key; on disk before it is used.
+
+        Raises:
+            SpiffeError: what the server said; AgentDeniedError when it no longer wants us.
+        """
+        key = make_key()
+        request = agent_pb2.RenewAgentRequest(
+            params=agent_pb2.AgentX509SVIDParams(csr=make_csr(key))
+        )
+        try:
+            answer = await agent_pb2_grpc.AgentStub(channel).RenewAgent(request, timeout=30)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        await self._take(tuple(answer.svid.cert_chain), key)
+        event(_log, logging.INFO, "own_svid_renewed", until=self._own().validity.not_after)
+
+    def renew_due(self) -> bool:
+        """True from half-life on."""
+        return self.svid is not None and self.now() >= renew_at(self.svid.validity)
+
+    async def forget(self) -> None:
+        """The server does not know us any more: remove every key."""
+        self.svid, self._key = None, b""
+        await asyncio.to_thread(self.storage.wipe)
+
+    async def _take(self, chain: tuple[bytes, ...], key: bytes) -> None:
+        svid = X509Svid.from_chain(chain)
+        await asyncio.to_thread(self.storage.save_node, NodeState(key, chain))
+        self.svid, self._key = svid, key
+
+    def _own(self) -> X509Svid:
+        if self.svid is None:
+            raise InternalError("this agent has no identity yet")
+        return self.svid
