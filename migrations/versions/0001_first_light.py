@@ -54,6 +54,14 @@ def upgrade() -> None:
         sa.UniqueConstraint("authority_id"),
         sqlite_autoincrement=True,
     )
+    op.create_index(
+        "authorities_one_active",
+        "authorities",
+        ["kind"],
+        unique=True,
+        sqlite_where=sa.text("state = 'active'"),
+        postgresql_where=sa.text("state = 'active'"),
+    )
     op.create_table(
         "bundles",
         sa.Column("row", sa.Integer(), autoincrement=True, nullable=False),
@@ -89,6 +97,8 @@ def upgrade() -> None:
         sa.UniqueConstraint("id"),
         sqlite_autoincrement=True,
     )
+    op.create_index("entries_parent", "entries", ["parent_id"], unique=False)
+    op.create_index("entries_spiffe_id", "entries", ["spiffe_id"], unique=False)
     op.create_table(
         "events",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
@@ -98,6 +108,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("seq"),
         sqlite_autoincrement=True,
     )
+    op.create_table(
+        "gone_entries",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("revision_number", sa.BigInteger(), nullable=False),
+        sa.Column("gone_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("gone_entries_at", "gone_entries", ["gone_at"], unique=False)
     op.create_table(
         "issued",
         sa.Column("row", sa.Integer(), autoincrement=True, nullable=False),
@@ -129,6 +147,7 @@ def upgrade() -> None:
         sa.Column("trust_domain", sa.Text(), nullable=False),
         sa.Column("bundle_sequence", sa.BigInteger(), nullable=False),
         sa.Column("refresh_hint", sa.Integer(), nullable=False),
+        sa.Column("epoch", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
 
