@@ -242,6 +242,10 @@ class FrontDoor:
         except (SpiffeError, OSError, ssl.SSLError, TimeoutError) as error:
             event(_log, logging.INFO, "connection_refused", exc_info=error)
             connection.close()
+        except Exception as error:
+            # Whatever a peer's bytes provoked in a library ends that peer's connection alone.
+            event(_log, logging.ERROR, "connection_failed", exc_info=error)
+            connection.close()
 
     async def _admit(self, connection: socket.socket, peer: UnixPeer) -> None:
         if (

@@ -67,7 +67,8 @@ def load(context: ssl.SSLContext, chain: Sequence[bytes], key: bytes) -> None:
 def peer_chain(connection: Any) -> tuple[bytes, ...]:
     """Return the DER chain that the peer presented, leaf first; empty if it sent none."""
     inner = getattr(connection, "_sslobj", connection)
-    return tuple(one.public_bytes(_DER) for one in inner.get_unverified_chain() or ())
+    # Without a client certificate CPython's answer is a list that holds None.
+    return tuple(one.public_bytes(_DER) for one in inner.get_unverified_chain() or () if one)
 
 
 def _harden(context: ssl.SSLContext, authorities: Sequence[bytes]) -> None:
