@@ -110,6 +110,8 @@ class Server:
     hub: Hub
     own: OwnSvid
     metrics: ServerMetrics
+    entries: EntryService
+    agents: AgentService
     port: int = 0
     status_port: int = 0
     ready: bool = False
@@ -164,7 +166,7 @@ async def serve(settings: ServerSettings, clock: Clock | None = None) -> AsyncIt
         api = _api(settings, store, hub, rotator, clock, metrics, lambda: running[0].is_ready())
         own = OwnSvid(api.svids, hub, clock, trust_domain.server_id, settings.svids.agent_ttl)
         await own.renew()
-        server = Server(settings, store, rotator, hub, own, metrics)
+        server = Server(settings, store, rotator, hub, own, metrics, api.entries, api.agents)
         running.append(server)
         await stack.enter_async_context(_background(server, rotator, hub, own, store, clock))
         await _open_doors(stack, server, api)

@@ -48,6 +48,8 @@ def set_up(style: str, level: str, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # It reports every look at a schema; a migration that fails raises anyway.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 class JsonFormatter(logging.Formatter):

@@ -1,0 +1,165 @@
+"""``issuer doctor`` and ``issuer healthcheck``: what is wrong here, and what to do about it."""
+
+import argparse
+import os
+import platform
+import shutil
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from issuer.cli.calls import DONE, REFUSED, CommandError, call, say
+from issuer.cli.output import show, table
+from issuer.cli.server import settings_of
+from issuer.config import ServerSettings
+from spiffe_core.errors import SpiffeError
+from spiffe_wire.frontdoor import kernel
+from spiffe_wire.pb.grpc.health.v1 import health_pb2, health_pb2_grpc
+from spiffe_wire.pb.spiffe_issuer.v1 import agentadmin_pb2, agentadmin_pb2_grpc
+
+GOOD, WARN, BAD = "good", "warn", "bad"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at; *advice* says what to do unless it is good."""
+
+    what: str
+    verdict: str
+    seen: str
+    advice: str = ""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look at everything; exit 1 when something is bad."""
+    findings = list(_findings(arguments))
+    if arguments.output == "text":
+        table(
+            ("WHAT", "VERDICT", "SEEN", "WHAT TO DO"),
+            [(one.what, one.verdict, one.seen, one.advice) for one in findings],
+        )
+    else:
+        rows = [
+            {"what": one.what, "verdict": one.verdict, "seen": one.seen, "advice": one.advice}
+            for one in findings
+        ]
+        show({"findings": rows}, arguments.output)
+    return REFUSED if any(one.verdict == BAD for one in findings) else DONE
+
+
+def healthcheck(arguments: argparse.Namespace) -> int:
+    """Ask the server whether it is healthy."""
+
+    async def ask(channel: Any) -> Any:
+        return await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+
+    serving = call(arguments.socket, ask).status == 1
+    if not serving:
+        say("Server is not healthy: its /ready page says why")
+        return REFUSED
+    show({"healthy": True}, arguments.output, "Server is healthy.")
+    return DONE
+
+
+def _findings(arguments: argparse.Namespace) -> Iterator[Finding]:
+    yield _kernel()
+    yield _sqlite()
+    yield _clock()
+    if arguments.config:
+        try:
+            settings = settings_of(arguments)
+        except (SpiffeError, CommandError) as error:
+            yield Finding("settings", BAD, str(error), "correct the file")
+        else:
+            yield Finding("settings", GOOD, f"trust domain {settings.trust_domain}")
+            yield from _places(settings)
+    yield _answer("server", arguments.socket, _ask_server)
+    yield _answer("agent", arguments.agent_socket, _ask_agent)
+
+
+def _kernel() -> Finding:
+    ours, theirs = socket.socketpair()
+    try:
+        os.close(ours.getsockopt(socket.SOL_SOCKET, kernel.SO_PEERPIDFD))
+    except OSError:
+        advice = "use Linux 6.5 or newer, or accept the weaker proof (workloads.peer_proof)"
+        return Finding(
+            "callers", WARN, f"kernel {platform.release()} hands out no pidfd", advice
+        )
+    finally:
+        ours.close()
+        theirs.close()
+    return Finding("callers", GOOD, f"kernel {platform.release()} proves them by pidfd")
+
+
+def _sqlite() -> Finding:
+    if sqlite3.sqlite_version_info < (3, 35):
+        return Finding("SQLite", BAD, sqlite3.sqlite_version, "use a Python with SQLite 3.35")
+    return Finding("SQLite", GOOD, sqlite3.sqlite_version)
+
+
+def _clock() -> Finding:
+    year = time.gmtime().tm_year
+    if not 2025 <= year < 2100:
+        return Finding(
+            "clock", BAD, f"the year is {year}", "set the clock; certificates need it"
+        )
+    return Finding("clock", GOOD, time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime()))
+
+
+def _places(settings: ServerSettings) -> Iterator[Finding]:
+    for name, folder in (
+        ("data_dir", settings.data_dir),
+        ("runtime_dir", settings.runtime_dir),
+    ):
+        if not folder.exists():
+            yield Finding(name, WARN, f"{folder} is not there yet", "the server makes it")
+            continue
+        found = folder.stat()
+        if name == "data_dir" and found.st_mode & 0o077:
+            yield Finding(name, BAD, f"{folder} is open to others", f"chmod 0700 {folder}")
+        elif not os.access(folder, os.W_OK):
+            yield Finding(name, BAD, f"{folder} cannot be written", "run as its owner")
+        else:
+            free = shutil.disk_usage(folder).free // 2**20
+            verdict = GOOD if free > 200 else WARN
+            yield Finding(
+                name, verdict, f"{folder}, {free} MiB free", "" if free > 200 else "free some"
+            )
+    yield _port(settings)
+
+
+def _port(settings: ServerSettings) -> Finding:
+    family = socket.AF_INET6 if ":" in settings.bind_address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.bind_address, settings.bind_port))
+        except OSError as error:
+            seen = f"{settings.bind_address}:{settings.bind_port}: {error.strerror}"
+            return Finding("port", WARN, seen, "fine if the server runs; else set bind_port")
+    return Finding("port", GOOD, f"{settings.bind_address}:{settings.bind_port} is free")
+
+
+def _answer(what: str, path: str, ask: Callable[[Any], Any]) -> Finding:
+    try:
+        return Finding(what, GOOD, str(call(path, ask, what)))
+    except CommandError as error:
+        return Finding(what, WARN, f"{path}: no answer", str(error))
+
+
+async def _ask_server(channel: Any) -> str:
+    answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    return "serving" if answer.status == 1 else "not ready"
+
+
+async def _ask_agent(channel: Any) -> str:
+    stub = agentadmin_pb2_grpc.AgentAdminStub(channel)
+    status = await stub.GetStatus(agentadmin_pb2.GetStatusRequest())
+    return (
+        f"{status.entries} entries, {status.x509_svids} SVIDs, sync {status.sync_mode}, "
+        f"callers by {status.peer_proof}" + (f"; {status.problem}" if status.problem else "")
+    )
