@@ -18,7 +18,10 @@ _KEPT: Final = 65_536
 """Values read again and again, such as the selectors of pods, are kept once: a third of
 the memory and half the time of hydrating (performance 5)."""
 
-BAD_VALUE: Final = (MalformedError, ValueError, TypeError, KeyError, OverflowError)
+_EPOCH: Final = datetime.fromtimestamp(0, UTC)
+BAD_VALUE: Final = (
+    MalformedError, ValueError, TypeError, KeyError, AttributeError, OverflowError
+)  # fmt: skip
 """What a damaged row makes of our parsers."""
 
 
@@ -33,7 +36,7 @@ def seconds(at: datetime | None) -> int:
 
 def instant(value: int) -> datetime | None:
     """The instant, or None for 0."""
-    return datetime.fromtimestamp(value, UTC) if value else None
+    return _EPOCH + timedelta(seconds=value) if value else None
 
 
 def micros(at: datetime | None) -> int:
@@ -43,7 +46,7 @@ def micros(at: datetime | None) -> int:
 
 def instant_of_micros(value: int) -> datetime | None:
     """The instant, or None for 0."""
-    return datetime.fromtimestamp(0, UTC) + timedelta(microseconds=value) if value else None
+    return _EPOCH + timedelta(microseconds=value) if value else None
 
 
 def selectors_text(selectors: SelectorSet) -> str:
@@ -146,7 +149,7 @@ def agent_of(row: RowMapping) -> AttestedAgent:
             id=SpiffeId.parse(row["id"]),
             attestation_type=row["attestation_type"],
             serial=row["serial"],
-            expires_at=datetime.fromtimestamp(row["expires_at"], UTC),
+            expires_at=_EPOCH + timedelta(seconds=row["expires_at"]),
             selectors=selectors_of(row["selectors"]),
             new_serial=row["new_serial"],
             new_expires_at=instant(row["new_expires_at"]),
