@@ -1,4 +1,4 @@
-"""``issuer explain``: what was learnt, what matched, what nearly did, and the fact that differs."""
+"""``issuer explain``: what was learnt, what matched, what nearly did, and what differs."""
 
 import argparse
 import sys

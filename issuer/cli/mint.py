@@ -56,9 +56,7 @@ def x509_svid(arguments: argparse.Namespace) -> int:
         "bundle.pem": certificates_to_pem([one.asn1 for one in bundle.x509_authorities]),
     }
     if arguments.ttl and answer.svid.expires_at < time.time() + arguments.ttl - 5:
-        say(
-            "the SVID lives shorter than was asked: the server's cap or its authority ends first"
-        )
+        say("the SVID lives shorter than asked: the server's cap or its authority ends first")
     if arguments.write:
         _write(Path(arguments.write), texts)
         print(f"wrote {', '.join(texts)} to {arguments.write}")

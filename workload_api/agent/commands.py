@@ -333,7 +333,7 @@ def _bundle_files(bundles: BundleSet) -> dict[str, tuple[str, int]]:
 
 
 def _write(folder: Path, files: dict[str, tuple[str, int]]) -> None:
-    """Each file appears whole, with its mode; keys first, so that no certificate lacks its key."""
+    """Each file appears whole, with its mode; keys first: no certificate lacks its key."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, (text, mode) in sorted(files.items(), key=lambda item: item[1][1]):
