@@ -213,7 +213,7 @@ def _value(type_: Any, given: Any) -> Any:
             raise ValueError("must be a whole number")
         return given
     if not isinstance(given, str):
-        raise ValueError("must be text")
+        raise TypeError("must be text")
     if type_ is timedelta:
         return duration(given)
     if type_ is Path:

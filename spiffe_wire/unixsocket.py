@@ -78,7 +78,7 @@ def bind_unix_socket(path: Path, mode: int) -> socket.socket:
         SocketPathError: the path, an ancestor, or what is there already is not acceptable.
     """
     check_socket_path(path)
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _make_folders(path.parent, 0o755 if mode & 0o066 else 0o700)
     check_ancestors(path.parent)
     _check_replaceable(path)
     private = path.parent / f".{secrets.token_hex(4)}"
@@ -106,8 +106,17 @@ def bind_unix_socket(path: Path, mode: int) -> socket.socket:
     return listener
 
 
+def _make_folders(folder: Path, mode: int) -> None:
+    """Make what is missing with exactly *mode*: the umask is never trusted (SEC-37)."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    for one in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            one.mkdir(mode=0o700)
+            one.chmod(mode)
+
+
 class SocketFile:
-    """Remembers which file at *path* is ours: to notice a replacement, and to remove only ours."""
+    """Which file at *path* is ours: to notice a replacement, and to remove only our own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -242,7 +242,7 @@ class FrontDoor:
         except (SpiffeError, OSError, ssl.SSLError, TimeoutError) as error:
             event(_log, logging.INFO, "connection_refused", exc_info=error)
             connection.close()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 see below
             # Whatever a peer's bytes provoked in a library ends that peer's connection alone.
             event(_log, logging.ERROR, "connection_failed", exc_info=error)
             connection.close()
@@ -254,12 +254,15 @@ class FrontDoor:
         ):
             connection.close()
             return
-        loop = asyncio.get_running_loop()
+        self._per_uid[peer.uid] += 1
+        self._per_pid[peer.pid] += 1
+        await self._relay(connection, peer)
+
+    async def _relay(self, connection: socket.socket, peer: Peer) -> None:
         name, inner = await self._connect_inner(peer)
         outer = Leg(lambda: self._closed(name))
         self._connections[name] = _Connection(name, peer, outer)
-        self._per_uid[peer.uid] += 1
-        self._per_pid[peer.pid] += 1
+        loop = asyncio.get_running_loop()
         await loop.connect_accepted_socket(lambda: outer, connection)
         join(outer, inner)
         self._expect_opening(outer)
@@ -367,26 +370,23 @@ class FrontDoor:
     async def _check_itself(self, probe: "_SelfCheck") -> None:
         """See that grpcio still reports the inner name, or refuse to start (ADR 1)."""
         peer = TlsPeer(None, "self-check")
-        outer = Leg()
-        loop = asyncio.get_running_loop()
         path = self._private / "c"
-        listener = await loop.create_unix_server(lambda: outer, str(path))
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        listener.setblocking(False)
+        listener.bind(str(path))
+        listener.listen()
 
-        async def relay() -> None:
-            while outer.transport is None:
-                await asyncio.sleep(0.001)
-            name, inner = await self._connect_inner(peer)
-            outer.on_closed = lambda: self._closed(name)
-            join(outer, inner)
+        async def admit(connection: socket.socket) -> None:
+            await self._relay(connection, peer)
 
-        relaying = asyncio.create_task(relay())
+        accepting = asyncio.create_task(self._accept(listener, admit))
         try:
             found = await probe.call(path)
-            await relaying
         finally:
-            relaying.cancel()
+            accepting.cancel()
+            await asyncio.wait([accepting])
             listener.close()
-            outer.close()
+            self.disconnect(lambda one: one is peer)
         if found is not peer:
             await self.close(timedelta(0))
             raise InternalError(

@@ -60,7 +60,7 @@ def prove(
 
 
 def _pin(pid: int, uid: int, gid: int) -> UnixPeer:
-    """Before Linux 6.5: open a pidfd by number and see that the process fits its credentials."""
+    """Before Linux 6.5: open a pidfd by number and see that the process fits what it sent."""
     try:
         started = start_time(pid)
         pidfd = PidFd(os.pidfd_open(pid))
