@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -29,9 +30,10 @@ class Player:
         self.seen: list[Event] = []
         self._endpoint = endpoint
         self._arrived = asyncio.Condition()
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115 closed in __aexit__
 
     async def __aenter__(self) -> Self:
-        identity = (
+        identity: dict[str, Any] = (
             {}
             if self.role.uid is None
             else {
@@ -44,7 +46,7 @@ class Player:
             *self.role.command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
+            stderr=self._words,
             cwd="/",
             env={
                 "PATH": os.defpath,
@@ -63,6 +65,7 @@ class Player:
             self._process.kill()
         await self._process.wait()
         await self._reading
+        self._words.close()
 
     @property
     def pid(self) -> int:
@@ -92,13 +95,18 @@ class Player:
                             return one
                         if one["event"] in ("failed", "watch_failed", "ended"):
                             raise PlayerError(
-                                f"{self.role.name}: {one.get('error', 'it ended')}"
+                                f"{self.role.name}: {one.get('error') or self._last_words()}"
                             )
                     await self._arrived.wait()
         except TimeoutError:
             raise PlayerError(
                 f"{self.role.name}: no {event!r} in {PATIENCE:g} s; seen: {self.seen[-3:]}"
             ) from None
+
+    def _last_words(self) -> str:
+        self._words.seek(0)
+        said = self._words.read().decode(errors="replace").strip().splitlines()
+        return f"it ended: {said[-1]}" if said else "it ended and said nothing"
 
     async def _read(self) -> None:
         assert self._process.stdout is not None  # noqa: S101 it was asked for above

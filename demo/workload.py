@@ -21,12 +21,12 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from spiffe import WorkloadApiClient
 from spiffe.workloadapi.x509_context import X509Context
-from spiffe_core.matching import exactly
-from spiffe_core.x509svid import verify_x509_svid
 
 from spiffe_core.authority import X509Authority
 from spiffe_core.bundle import Bundle, BundleSet
+from spiffe_core.matching import exactly
 from spiffe_core.spiffeid import SpiffeId
+from spiffe_core.x509svid import verify_x509_svid
 
 _PEM = Encoding.PEM
 _DER = Encoding.DER
@@ -119,7 +119,7 @@ class Workload:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False  # the SPIFFE ID is the name, checked in `peer_of`
         context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(cadata=b"".join(self._roots()))  # type: ignore[arg-type]
+        context.load_verify_locations(cadata=b"".join(self._roots()))
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         # load_cert_chain() wants a path; a memory file keeps the key off the disk.
         memory = os.memfd_create("svid")
