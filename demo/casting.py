@@ -33,6 +33,8 @@ LIBRARIES = (
     "pyasn1_modules",
     "*_pb2*",
 )
+# A copy must not pick up what the distribution keeps beside its interpreter.
+NO_SITE = ("-S",)
 OURS = ("spiffe_core", "demo")
 
 
@@ -100,7 +102,7 @@ def _for_other_uids(root: Path, folder: Path) -> tuple[Sequence[str] | None, Map
     for path in [runtime, *runtime.rglob("*")]:
         path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
     environment = {**home, "PYTHONPATH": str(site)}
-    command = (str(runtime / "bin" / "python"), "-m", "demo.workload")
+    command = (str(runtime / "bin" / "python"), *NO_SITE, "-m", "demo.workload")
     return (command, environment) if _runs(command[0], environment) else (None, {})
 
 
@@ -116,7 +118,7 @@ def _by_executable(name: str, root: Path, folder: Path) -> Role:
     uid = os.geteuid()
     return Role(
         name,
-        (str(program), "-m", "demo.workload"),
+        (str(program), *NO_SITE, "-m", "demo.workload"),
         environment,
         None,
         (f"unix:uid:{uid}", f"unix:path:{program}"),

@@ -98,7 +98,8 @@ async def tell(domain: Domain, cast: Cast, screen: Screen) -> Facts:
 async def _first_svids(
     domain: Domain, cast: Cast, screen: Screen, facts: Facts, player: Any
 ) -> tuple[Player, Player]:
-    screen.step(f"Two workloads, told apart by {cast.told_apart_by} ({cast.strength})")
+    screen.step(f"Two workloads, told apart by {cast.told_apart_by}")
+    screen.line(cast.strength)
     for name in ("shop", "payments"):
         selectors = cast.roles[name].selectors
         await domain.add_entry(f"/{name}", selectors)
