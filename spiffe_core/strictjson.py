@@ -7,6 +7,7 @@ base64; each of these has been a vulnerability somewhere.
 
 import base64
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn, TypeAlias
@@ -37,15 +38,16 @@ def loads(
     Parse one JSON document.
 
     Raises:
-        StrictJsonError: not UTF-8, a duplicate member, NaN or Infinity, deeper than
-            *max_depth*, an integer beyond *max_integer*, longer than *max_bytes*, or
-            anything behind the document.
+        StrictJsonError: not UTF-8, half a surrogate pair, a duplicate member, NaN or
+            Infinity, deeper than *max_depth*, an integer beyond *max_integer*, longer
+            than *max_bytes*, or anything behind the document.
     """
-    if len(data) > max_bytes:
-        raise StrictJsonError(f"JSON is longer than {max_bytes} bytes")
     try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data
-    except UnicodeDecodeError as error:
+        encoded = data.encode() if isinstance(data, str) else data
+        if len(encoded) > max_bytes:
+            raise StrictJsonError(f"JSON is longer than {max_bytes} bytes")
+        text = encoded.decode()
+    except UnicodeError as error:
         raise StrictJsonError("JSON is not UTF-8") from error
     _check_depth(text, max_depth)
 
@@ -56,21 +58,35 @@ def loads(
         return value
 
     try:
-        return json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=_object,
             parse_constant=_constant,
+            parse_float=_float,
             parse_int=integer,
         )
     except ValueError as error:
         raise StrictJsonError("not JSON") from error
+    if _SURROGATE.search(text):
+        dumps(value)  # "\ud83d\ude00" is one character; "\ud83d" alone cannot be encoded
+    return value
 
 
 def dumps(value: Json) -> bytes:
-    """Return *value* as compact UTF-8 JSON; NaN and Infinity are refused."""
-    return json.dumps(
-        value, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    """
+    Return *value* as compact UTF-8 JSON.
+
+    Raises:
+        StrictJsonError: NaN or Infinity, or half a surrogate pair.
+    """
+    try:
+        return json.dumps(
+            value, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        ).encode()
+    except UnicodeEncodeError as error:
+        raise StrictJsonError("JSON text holds half a surrogate pair") from error
+    except ValueError as error:
+        raise StrictJsonError("NaN and Infinity are not JSON") from error
 
 
 def b64url_encode(data: bytes) -> str:
@@ -104,6 +120,13 @@ def _constant(_: str) -> NoReturn:
     raise StrictJsonError("NaN and Infinity are not JSON")
 
 
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):  # 1e400 is Infinity by another name
+        raise StrictJsonError("a JSON number is out of range")
+    return value
+
+
 def _check_depth(text: str, limit: int) -> None:
     # Before the parser recurses.  Brackets inside strings are skipped.
     depth = 0
@@ -116,4 +139,7 @@ def _check_depth(text: str, limit: int) -> None:
             depth -= 1
 
 
-_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]', re.DOTALL)
+# Possessive, and the closing quote optional: a string that never ends is consumed once.  To
+# fail and begin anew at each quote inside it takes quadratic time, minutes for 1 MiB.
+_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[][{}]', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
