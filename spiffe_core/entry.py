@@ -13,7 +13,8 @@ from typing import Final, Self
 
 from spiffe_core.errors import MalformedError
 from spiffe_core.selector import SelectorSet, selector_set
-from spiffe_core.spiffeid import SpiffeId, TrustDomain
+from spiffe_core.spiffeid import SERVER_PATH, SpiffeId, TrustDomain
+from spiffe_core.text import utf8_bytes
 
 MAX_ENTRY_ID_BYTES: Final = 255  # SPIRE API 5.1
 MAX_HINT_BYTES: Final = 1024  # WAPI-57, UTF-8 bytes
@@ -21,7 +22,7 @@ MAX_DNS_NAMES: Final = 64  # security requirements, table 1
 MAX_TTL_SECONDS: Final = 2**31 - 1  # the wire's int32
 
 _ENTRY_ID = re.compile(r"[-.0-9A-Z_a-z]+")
-_DNS_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+_DNS_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 ZERO: Final = timedelta(0)
 
@@ -63,12 +64,18 @@ class RegistrationEntry:
         selector_set(self.selectors)
         _check_ttl("X.509-SVID", self.x509_svid_ttl)
         _check_ttl("JWT-SVID", self.jwt_svid_ttl)
-        if len(self.hint.encode()) > MAX_HINT_BYTES:
+        hint_bytes = utf8_bytes(self.hint)
+        if hint_bytes is None:
+            raise EntryError("hint is not UTF-8 text")
+        if hint_bytes > MAX_HINT_BYTES:
             raise EntryError("hint is too long, max length is 1024 characters")
         if len(self.dns_names) > MAX_DNS_NAMES:
             raise EntryError(f"more than {MAX_DNS_NAMES} DNS names")
         for name in self.dns_names:
             check_dns_name(name)
+        for instant in (self.expires_at, self.created_at):
+            if instant is not None and instant.tzinfo is None:
+                raise EntryError("an entry's instants need a time zone")
         self._check_store_svid()
 
     def _check_store_svid(self) -> None:
@@ -103,7 +110,7 @@ class RegistrationEntry:
     @property
     def is_node_alias(self) -> bool:
         """True when this entry names a group of nodes by their selectors (SPIRE API 5.1)."""
-        return self.parent_id == self.parent_id.trust_domain.server_id
+        return self.parent_id.path == SERVER_PATH
 
     @property
     def fingerprint(self) -> bytes:
@@ -144,14 +151,31 @@ def check_dns_name(name: str) -> str:
     Return *name* if a certificate of ours may carry it (SEC-25).
 
     Raises:
-        EntryError: not lower-case ASCII labels, or a wildcard in the wrong place.
+        EntryError: not lower-case ASCII labels as IDNA has them, or a wildcard that is not
+            the whole first label.
     """
     labels = name.split(".")
     if labels[0] == "*" and len(labels) > 1:
         labels = labels[1:]
-    if len(name) > 253 or not all(_DNS_LABEL.fullmatch(label) for label in labels):
-        raise EntryError("invalid DNS name: labels must be 1 to 63 of a-z 0-9 - _")
+    if len(name) > 253 or not all(map(_is_dns_label, labels)):
+        raise EntryError("invalid DNS name: labels must be 1 to 63 of a-z 0-9 -")
     return name
+
+
+def _is_dns_label(label: str) -> bool:
+    if _DNS_LABEL.fullmatch(label) is None:
+        return False
+    if label[2:4] != "--":
+        return True
+    # RFC 5891 4.2.3.1: two hyphens there announce an encoding, and the one known is Punycode.
+    if not label.startswith("xn--"):
+        return False
+    try:
+        text = label[4:].encode().decode("punycode")
+    except UnicodeError:
+        return False
+    canonical = text.encode("punycode").decode() == label[4:] and text == text.lower()
+    return canonical and not text.isascii()
 
 
 def _check_ttl(what: str, ttl: timedelta) -> None:

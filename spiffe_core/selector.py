@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Self, TypeVar
 
 from spiffe_core.errors import MalformedError
+from spiffe_core.text import utf8_bytes
 
 _T = TypeVar("_T")
 
@@ -35,6 +36,8 @@ class Selector:
             raise SelectorError("selector type contains ':'")
         if not self.value:
             raise SelectorError("missing selector value")
+        if utf8_bytes(self.type) is None or utf8_bytes(self.value) is None:
+            raise SelectorError("selector is not UTF-8 text")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -42,7 +45,7 @@ class Selector:
         Parse ``type:value``, split at the first colon.
 
         Raises:
-            SelectorError: no colon, or one half is empty.
+            SelectorError: no colon, one half is empty, or not UTF-8 text.
         """
         type_, colon, value = text.partition(":")
         if not colon:

@@ -24,6 +24,7 @@ _SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
 
 RESERVED_ROOT: Final = "spire"
 """First path segment of servers and agents; no workload may live below it (SEC-04)."""
+SERVER_PATH: Final = f"/{RESERVED_ROOT}/server"
 
 
 class SpiffeIdError(MalformedError):
@@ -64,7 +65,7 @@ class TrustDomain:
     @property
     def server_id(self) -> "SpiffeId":
         """The SPIFFE ID of this trust domain's issuer."""
-        return SpiffeId(self, f"/{RESERVED_ROOT}/server")
+        return SpiffeId(self, SERVER_PATH)
 
     def __str__(self) -> str:
         return self.name

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import ClassVar, Final
 
 from spiffe_core.selector import Selector, SelectorSet
+from spiffe_core.text import utf8_bytes
 from spiffe_wire.frontdoor.peer import UnixPeer
 from workload_api.attestors.procfs import parse_status
 from workload_api.attestors.protocol import AttestationError
@@ -53,7 +54,10 @@ class UnixAttestor:
         found |= await self._named("group", [status.gid], _group_name)
         found |= await self._named("supplementary_group", status.groups, _group_name)
         found |= await self._executable(peer.pid)
-        return frozenset(Selector(self.type, one) for one in found)
+        # A path may be any bytes; what is not UTF-8 no entry can name.
+        return frozenset(
+            Selector(self.type, one) for one in found if utf8_bytes(one) is not None
+        )
 
     async def _executable(self, pid: int) -> set[str]:
         try:
