@@ -9,10 +9,18 @@ from datetime import datetime
 from typing import Self
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from spiffe_core.errors import MalformedError
-from spiffe_core.keys import check_certificate_size, key_of_spki, subject_key_id_of
+from spiffe_core.keys import (
+    KeyRefusedError,
+    check_certificate_size,
+    check_public_key,
+    key_of_spki,
+    subject_key_id_of,
+)
 from spiffe_core.lifetime import Validity
+from spiffe_core.text import utf8_bytes
 
 
 class AuthorityError(MalformedError):
@@ -39,17 +47,20 @@ class X509Authority:
         Parse one DER CA certificate (SEC-12, SEC-14, SEC-15).
 
         Raises:
-            AuthorityError: not exactly one certificate, not a CA, or an SVID path in it.
+            AuthorityError: not exactly one certificate, not a CA, a key that is not
+                accepted, or an SVID path in it.
         """
-        check_certificate_size(der)
         try:
+            check_certificate_size(der)
             certificate = x509.load_der_x509_certificate(der)
             constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
             usage = certificate.extensions.get_extension_for_class(x509.KeyUsage)
             validity = Validity(
                 certificate.not_valid_before_utc, certificate.not_valid_after_utc
             )
-            key = certificate.public_key()
+            key = check_public_key(certificate.public_key())
+        except KeyRefusedError as error:
+            raise AuthorityError(f"an authority's {error}") from error
         except x509.ExtensionNotFound as error:
             raise AuthorityError("an authority needs basicConstraints and keyUsage") from error
         except Exception as error:
@@ -74,11 +85,16 @@ class JwtAuthority:
     def __post_init__(self) -> None:
         if not self.key_id:
             raise AuthorityError("missing key ID")
-        if len(self.key_id.encode()) > MAX_KEY_ID_BYTES:
+        key_id_bytes = utf8_bytes(self.key_id)
+        if key_id_bytes is None:
+            raise AuthorityError("key ID is not UTF-8 text")
+        if key_id_bytes > MAX_KEY_ID_BYTES:
             raise AuthorityError(f"key ID is longer than {MAX_KEY_ID_BYTES} bytes")
         if not self.public_key:
             raise AuthorityError("missing public key")
-        key_of_spki(self.public_key)
+        # One Ed25519 key in a bundle, and none of it could be written as a document (JWT-04).
+        if isinstance(key_of_spki(self.public_key), ed25519.Ed25519PublicKey):
+            raise AuthorityError("no algorithm of JWT-SVIDs fits an Ed25519 key")
 
 
 MAX_KEY_ID_BYTES = 255  # SEC-41
