@@ -44,11 +44,12 @@ def certificates_from_pem(text: str) -> tuple[bytes, ...]:
     if not blocks or len(blocks) != text.count("-----BEGIN "):
         raise PemError("expected one or more CERTIFICATE blocks and nothing else")
     try:
-        return tuple(
-            base64.b64decode("".join(block.split()), validate=True) for block in blocks
-        )
+        found = [base64.b64decode("".join(block.split()), validate=True) for block in blocks]
     except binascii.Error as error:
         raise PemError("a CERTIFICATE block is not base64") from error
+    if not all(found):
+        raise PemError("a CERTIFICATE block is empty")
+    return tuple(found)
 
 
 def _armour(label: str, der: bytes) -> str:
