@@ -62,6 +62,11 @@ class BundleSet(Mapping[TrustDomain, Bundle]):
 
     _by_domain: Mapping[TrustDomain, Bundle] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, bundle in self._by_domain.items():
+            if bundle.trust_domain != name:
+                raise BundleError("a bundle stands under another trust domain's name")
+
     @classmethod
     def of(cls, bundles: Iterable[Bundle]) -> Self:
         """Build a set from *bundles*; the last one of a trust domain wins."""
