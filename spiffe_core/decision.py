@@ -26,16 +26,25 @@ class NearMiss:
     have: tuple[Selector, ...]
     """Attested, of the same kind as something missing, with another value."""
     expired: bool
+    unknown: tuple[Selector, ...] = ()
+    """Those of *missing* that may be true: their attestor could not vouch (SEC-35)."""
 
     @property
     def difference(self) -> str:
         """The one fact that differs, as text."""
-        if self.expired and not self.missing:
-            return "the entry has expired"
-        if len(self.missing) == 1 and len(self.have) == 1:
-            return f"the entry wants {self.missing[0]}, the process has {self.have[0]}"
-        wanted = ", ".join(map(str, self.missing))
-        return f"the entry wants {wanted}, which the process does not have"
+        differs = [one for one in self.missing if one not in self.unknown]
+        wanted = ", ".join(map(str, differs))
+        facts = []
+        if len(differs) == 1 and len(self.have) == 1:
+            facts.append(f"the entry wants {wanted}, the process has {self.have[0]}")
+        elif differs:
+            facts.append(f"the entry wants {wanted}, which the process does not have")
+        if self.unknown:
+            asked = ", ".join(map(str, self.unknown))
+            facts.append(f"the entry wants {asked}, for which no attestor could vouch")
+        if self.expired:
+            facts.append("the entry has expired")
+        return "; ".join(facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +82,21 @@ def decide(
     Decide which of *candidates* a process with *selectors* gets at the instant *at*.
 
     An entry matches when every selector it asks for was attested, and it has not expired.
+    Node aliases name nodes, so no process gets one (SPIRE API 5.1.1); they don't count.
     """
     matched: list[RegistrationEntry] = []
     missed: list[NearMiss] = []
+    partial = dict(partial or {})
     considered = 0
     for entry in candidates:
+        if entry.is_node_alias:
+            continue
         considered += 1
         missing = entry.selectors - selectors
         expired = entry.is_expired(at)
         if missing or expired:
-            missed.append(_near_miss(entry, missing, selectors, expired=expired))
+            miss = _near_miss(entry, missing, selectors, expired=expired, partial=partial)
+            missed.append(miss)
         else:
             matched.append(entry)
     matched.sort(key=age)
@@ -93,7 +107,7 @@ def decide(
         kept,
         tuple(missed[:MAX_NEAR_MISSES]),
         considered,
-        dict(partial or {}),
+        partial,
         dropped,
     )
 
@@ -117,11 +131,18 @@ def _one_of_each_hint(
 
 
 def _near_miss(
-    entry: RegistrationEntry, missing: SelectorSet, attested: SelectorSet, *, expired: bool
+    entry: RegistrationEntry,
+    missing: SelectorSet,
+    attested: SelectorSet,
+    *,
+    expired: bool,
+    partial: Mapping[str, str],
 ) -> NearMiss:
     kinds = {_kind(one) for one in missing}
     have = sorted(one for one in attested - entry.selectors if _kind(one) in kinds)
-    return NearMiss(entry, tuple(sorted(missing)), tuple(have), expired)
+    wanted = sorted(missing)
+    unknown = tuple(one for one in wanted if one.type in partial)
+    return NearMiss(entry, tuple(wanted), tuple(have), expired, unknown)
 
 
 def _kind(selector: Selector) -> tuple[str, str]:
