@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ import grpc
 import uvloop
 
 from issuer.app import Server, serve
+from issuer.cli import AGENT_SOCKET_VARIABLE, SOCKET_VARIABLE
 from issuer.cli.calls import CommandError, say
 from issuer.cli.output import spiffe_id
 from issuer.config import LogStyle, RateLimits, ServerSettings, Status
@@ -54,6 +56,15 @@ class DevDomain:
     def trust_domain(self) -> TrustDomain:
         """Its name."""
         return self.agent_id.trust_domain
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What workloads and our own commands need to find it."""
+        return {
+            "SPIFFE_ENDPOINT_SOCKET": self.endpoint,
+            SOCKET_VARIABLE: str(self.admin_socket),
+            AGENT_SOCKET_VARIABLE: str(self.agent_admin_socket),
+        }
 
     @property
     def endpoint(self) -> str:
@@ -142,13 +153,13 @@ async def _run(arguments: argparse.Namespace, files: Path, sockets: Path) -> int
     async with domain(arguments.trust_domain, files, sockets, verbose=arguments.verbose) as dev:
         if arguments.command_line:
             return await _command(dev, arguments.command_line, stop)
-        print(f"export SPIFFE_ENDPOINT_SOCKET={dev.endpoint}")
+        exports = [f"{name}={value}" for name, value in dev.environment.items()]
+        print("export", *_path(), *exports)
         print(
-            f"{_program('issuer')} entry create --socket {dev.admin_socket} --spiffe-id "
-            f"spiffe://{dev.trust_domain}/me --parent-id {dev.agent_id} "
-            f"--selector unix:uid:{os.getuid()}"
+            f"issuer entry create --spiffe-id spiffe://{dev.trust_domain}/me "
+            f"--parent-id {dev.agent_id} --selector unix:uid:{os.getuid()}"
         )
-        print(f"{_program('issuer-agent')} fetch x509", flush=True)
+        print("issuer-agent fetch x509", flush=True)
         print(
             f"\ntrust domain {dev.trust_domain} runs; paste the three lines into another "
             "terminal; Ctrl-C stops it",
@@ -177,7 +188,7 @@ async def _command(dev: DevDomain, command: Sequence[str], stop: asyncio.Event) 
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-I", "-S", "-c", waiter, str(gate_read), program, *command,
         pass_fds=(gate_read,),
-        env={**os.environ, "SPIFFE_ENDPOINT_SOCKET": dev.endpoint},
+        env={**os.environ, **dev.environment},
     )  # fmt: skip
     os.close(gate_read)
     try:
@@ -270,10 +281,11 @@ def _listens(path: Path) -> bool:
     return True
 
 
-def _program(name: str) -> str:
-    """How to call one of our commands from another terminal, with no environment active."""
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() and shutil.which(name) is None else name
+def _path() -> list[str]:
+    """What makes our commands found in another terminal, with no environment active."""
+    if shutil.which("issuer"):
+        return []
+    return [f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]
 
 
 def _write_private(path: Path, text: str) -> None:
