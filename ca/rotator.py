@@ -15,13 +15,13 @@ from typing import Final
 
 from ca.active import ActiveJwt, ActiveX509
 from ca.clock import Clock
-from ca.crashpoints import crash_point
 from ca.journal import AuthorityKind, AuthorityRecord, AuthorityState, JournalStore
 from ca.keys.protocol import KeyManager, KeyPurpose
 from ca.schedule import Spans, activate_at, may_sign_from, prepare_at, prune_at
 from ca.x509 import self_signed
 from spiffe_core.authority import X509Authority
 from spiffe_core.bundle import Bundle
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.errors import AbortedError, InternalError, NotReadyError, SpiffeError
 from spiffe_core.keys import KeyKind
 from spiffe_core.lifetime import Validity
@@ -142,6 +142,7 @@ class Rotator:
         for old in by_state[AuthorityState.OLD]:
             retired_at = old.retired_at or now
             if now >= prune_at(old.validity, retired_at, self._settings.spans):
+                crash_point("authority.before_prune")
                 await self._journal.prune(old.authority_id)
                 crash_point("authority.pruned")
                 await self._keys.delete(old.key_id)

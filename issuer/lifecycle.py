@@ -6,16 +6,16 @@ import signal
 
 import uvloop
 
-from ca import crashpoints
 from issuer.app import serve
 from issuer.config import ServerSettings
+from spiffe_core import crashpoints
 from spiffe_wire import logs
 
 
 def run_server(settings: ServerSettings) -> int:
     """Serve until SIGTERM or SIGINT; return 0 after an orderly stop."""
     logs.set_up(settings.log_style.value, settings.log_level)
-    crashpoints.arm(os.environ.get("SPIFFE_ISSUER_CRASH_POINT"))
+    crashpoints.arm(os.environ.get(crashpoints.VARIABLE, ""), lambda: os._exit(137))
 
     async def run() -> None:
         stop = asyncio.Event()

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import grpc
 
+from spiffe_core.crashpoints import crash_point
 from spiffe_wire.logs import event
 from spiffe_wire.status import DETAILS_KEY, status_of
 
@@ -45,22 +46,28 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _unary(self, method: str, inner: Handler) -> Handler:
+        reply = _crash_point_of(method)
+
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             started = time.monotonic()
             try:
                 answer = await inner(request, context)
             except Exception as error:  # noqa: BLE001 everything becomes a status
                 await self._fail(method, started, error, context)
+            crash_point(reply)
             self._on_call(method, "OK", time.monotonic() - started)
             return answer
 
         return call
 
     def _stream(self, method: str, inner: Handler) -> Handler:
+        reply = _crash_point_of(method)
+
         async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             started = time.monotonic()
             try:
                 async for answer in inner(request, context):
+                    crash_point(reply)
                     yield answer
             except Exception as error:  # noqa: BLE001 everything becomes a status
                 await self._fail(method, started, error, context)
@@ -84,6 +91,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if outcome.details is not None:
             context.set_trailing_metadata(((DETAILS_KEY, outcome.details),))
         await context.abort(outcome.code, outcome.text)
+
+
+def _crash_point_of(method: str) -> str:
+    """The one before a reply is sent, ``reply.AttestAgent``; a stream passes it each time."""
+    return "reply." + method.rpartition("/")[2]
 
 
 def wrap_handler(

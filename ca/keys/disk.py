@@ -24,6 +24,7 @@ from ca.keys.protocol import (
     generate_private_key,
     pkcs8_of,
 )
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.keys import KeyKind
 
 MAX_FILE_BYTES: Final = 16 * 1024
@@ -54,6 +55,7 @@ class DiskKeyManager:
             for purpose in KeyPurpose:
                 with contextlib.suppress(FileNotFoundError):
                     self._path(key_id, purpose).unlink()
+                    crash_point("key.deleted")
 
         await asyncio.to_thread(remove)
 
@@ -75,6 +77,7 @@ class DiskKeyManager:
     def _generate(self, key_id: str, kind: KeyKind, purpose: KeyPurpose) -> SigningKey:
         path = self._path(key_id, purpose)
         private = generate_private_key(kind)
+        crash_point("key.generated")
         make_private_folder(self._folder)
         if path.exists():
             raise KeyStoreError(f"{path} exists already")
@@ -138,15 +141,20 @@ def write_private_file(path: Path, data: bytes) -> None:
             temporary.unlink()  # left by a crash; O_EXCL below refuses links
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
+            crash_point("key_file.opened")
             file.write(data)
             file.flush()
+            crash_point("key_file.written")
             os.fsync(file.fileno())
+        crash_point("key_file.synced")
         os.rename(temporary, path)
+        crash_point("key_file.renamed")
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+        crash_point("key_file.folder_synced")
     except OSError as error:
         raise KeyStoreError(f"cannot write {path}: {error.strerror}") from error
 

@@ -13,6 +13,7 @@ from issuer.services.paging import Page, collect
 from issuer.services.svids import SvidService
 from issuer.store.store import Repositories, Store
 from spiffe_core.agent import AttestedAgent, require_agent_id
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.entry import RegistrationEntry
 from spiffe_core.errors import MalformedError, PreconditionError
 from spiffe_core.permission import AgentDeniedError, DenialReason
@@ -175,6 +176,7 @@ class AgentService:
         node = await attestor.attest(payload, public_key=public_key, challenge=challenge)
         require_agent_id(node.agent_id, self.trust_domain)
         signed = await self.svids.sign_own(node.agent_id, public_key, self.agent_ttl)
+        crash_point("attest.signed")
         agent = AttestedAgent(
             node.agent_id,
             attestation_type,
@@ -192,7 +194,9 @@ class AgentService:
             return repos.events.last()
 
         # What was signed is worth nothing until this is stored: serials are compared.
-        await self.hub.caught_up(await self.store.write(work, actor=agent.id.uri))
+        seq = await self.store.write(work, actor=agent.id.uri)
+        crash_point("attest.stored")
+        await self.hub.caught_up(seq)
         return signed, node
 
     async def renew(self, agent: AttestedAgent, csr: bytes) -> SignedX509:
@@ -208,13 +212,16 @@ class AgentService:
             )
         public_key = self.svids.key_of(csr)
         signed = await self.svids.sign_own(agent.id, public_key, self.agent_ttl)
+        crash_point("renewal.signed")
 
         def work(repos: Repositories) -> int:
             repos.agents.renewed(agent.id, signed.svid.serial, signed.svid.validity.not_after)
             repos.audit.add("agent.renew", agent.id.uri)
             return repos.events.last()
 
-        await self.hub.caught_up(await self.store.write(work, actor=agent.id.uri))
+        seq = await self.store.write(work, actor=agent.id.uri)
+        crash_point("renewal.stored")
+        await self.hub.caught_up(seq)
         return signed
 
     async def activate(self, agent: AttestedAgent) -> None:

@@ -14,6 +14,7 @@ from ca.x509 import CheckedProfile, SignedX509, prepare_x509, sign_x509
 from issuer.services.hub import Hub
 from issuer.store.authorities import IssuedRow
 from issuer.store.store import Repositories, Store
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.entry import RegistrationEntry
 from spiffe_core.errors import MalformedError, NotFoundError, SpiffeError
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
@@ -205,7 +206,9 @@ class SvidService:
                 for row in rows:
                     repos.audit.add(audited, row.spiffe_id)
 
+        crash_point("svids.signed")
         await self.store.write(work, actor=actor)
+        crash_point("svids.recorded")
         self.on_issued(rows[0].kind.value, len(rows))
 
 

@@ -12,6 +12,7 @@ from issuer.store.events import EventKind, EventRepository
 from issuer.store.rows import PAGE, agent_of, seconds, selectors_text
 from issuer.store.tables import agents, tokens
 from spiffe_core.agent import AttestedAgent
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.errors import AbortedError, AlreadyExistsError, MalformedError, NotFoundError
 from spiffe_core.permission import AgentDeniedError, DenialReason
 from spiffe_core.spiffeid import SpiffeId
@@ -59,6 +60,7 @@ class AgentRepository:
             "selectors": selectors_text(agent.selectors),
             "can_reattest": agent.can_reattest,
         }
+        crash_point("node.before_insert")
         changed = self._connection.execute(
             update(agents)
             .where(agents.c.id == agent.id.uri, agents.c.banned.is_(False))
@@ -78,6 +80,7 @@ class AgentRepository:
                     **values,
                 )
             )
+        crash_point("node.inserted")
         self._events.add(EventKind.AGENT, agent.id.uri)
 
     def renewed(self, agent_id: SpiffeId, serial: str, expires_at: datetime) -> None:
@@ -90,6 +93,7 @@ class AgentRepository:
         self._change_unless_banned(
             agent_id, new_serial=serial, new_expires_at=seconds(expires_at)
         )
+        crash_point("node.renewed")
 
     def activate_new(self, agent_id: SpiffeId, serial: str) -> None:
         """
@@ -114,6 +118,7 @@ class AgentRepository:
         )
         if not done.rowcount:
             raise AbortedError("the renewed certificate was superseded")
+        crash_point("node.activated")
         self._events.add(EventKind.AGENT, agent_id.uri)
 
     def ban(self, agent_id: SpiffeId) -> None:
@@ -235,6 +240,7 @@ class TokenRepository:
         """
         now = int(self._now.timestamp())
         secret_hash, key_hash = _digest(secret.encode()), _digest(public_key)
+        crash_point("token.before_consume")
         used = self._connection.execute(
             update(tokens)
             .where(
@@ -246,6 +252,7 @@ class TokenRepository:
             .values(used_at=now, used_key=key_hash)
         )
         if used.rowcount == 1:
+            crash_point("token.consumed")
             return
         row = self._connection.execute(
             select(tokens).where(tokens.c.public_id == public_id)

@@ -23,6 +23,7 @@ from issuer.store.rows import (
 from issuer.store.tables import authorities, bundles, issued, meta
 from spiffe_core.authority import JwtAuthority, X509Authority
 from spiffe_core.bundle import Bundle
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.errors import AbortedError, NotFoundError, NotReadyError
 from spiffe_core.lifetime import Validity
 from spiffe_core.spiffeid import TrustDomain
@@ -82,6 +83,7 @@ class AuthorityRepository:
             .where(table.kind == kind, table.state == AuthorityState.ACTIVE.value)
             .values(state=AuthorityState.OLD.value, retired_at=micros(at))
         )
+        crash_point("authority.marked_old")
         self._connection.execute(
             update(authorities)
             .where(table.authority_id == authority_id)
@@ -165,6 +167,7 @@ class BundleRepository:
             self._connection.execute(
                 insert(bundles).values(trust_domain=name, document=document)
             )
+        crash_point("bundle.stored")
         self._events.add(EventKind.BUNDLE, name)
 
     def delete(self, trust_domain: TrustDomain) -> None:

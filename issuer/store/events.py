@@ -16,6 +16,7 @@ from sqlalchemy import Connection, bindparam, delete, func, insert, select
 
 from issuer.store.rows import PAGE, StoredValueError, micros
 from issuer.store.tables import audit, events
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.errors import AbortedError
 
 
@@ -61,6 +62,7 @@ class EventRepository:
             at = micros(self._now)
             rows = [{"kind": k, "key": key, "committed_at": at} for k, key in self._pending]
             self._connection.execute(_ADD_EVENT, rows)
+            crash_point("event.appended")
             self._pending.clear()
             self.wrote = True
 
@@ -162,7 +164,9 @@ class AuditRepository:
                     "chain": chain,
                 }
             )
+        crash_point("audit.before_append")
         self._connection.execute(_ADD_AUDIT, rows)
+        crash_point("audit.appended")
         self._pending.clear()
 
     def rows(self, after: int = 0, limit: int = 1000) -> Sequence[AuditRow]:

@@ -17,6 +17,7 @@ from sqlalchemy import Engine, insert, select
 
 from issuer.store.tables import meta
 from spiffe_core.bundle import DEFAULT_REFRESH_HINT
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.errors import PreconditionError
 from spiffe_core.spiffeid import TrustDomain
 
@@ -70,7 +71,10 @@ def upgrade(engine: Engine) -> SchemaStatus:
         steps = engine.execution_options(seconds=MIGRATION_SECONDS)
         with steps.begin() as connection:
             config.attributes["connection"] = connection
+            crash_point("migration.started")
             command.upgrade(config, "head")
+            crash_point("migration.before_commit")
+        crash_point("migration.committed")
     return status(engine)
 
 
@@ -94,6 +98,7 @@ def claim(engine: Engine, trust_domain: TrustDomain, path: Path) -> None:
                     epoch=new_epoch(),
                 )
             )
+            crash_point("migration.claimed")
         elif owner != trust_domain.name:
             raise PreconditionError(
                 f"{path} belongs to trust domain {owner}, the settings name {trust_domain}: "

@@ -22,7 +22,6 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from ca.clock import Clock
-from ca.crashpoints import crash_point
 from ca.journal import AuthorityRecord
 from issuer.store.agents import AgentRepository, TokenRepository
 from issuer.store.authorities import (
@@ -42,6 +41,7 @@ from issuer.store.engine import (
 from issuer.store.entries import EntryRepository
 from issuer.store.events import AuditRepository, Event, EventRepository
 from spiffe_core.bundle import Bundle
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.errors import NotReadyError, SpiffeError
 from spiffe_core.spiffeid import TrustDomain
 

@@ -51,11 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve workloads until told to stop."""
     import uvloop
 
+    from spiffe_core import crashpoints
     from spiffe_wire import logs
     from workload_api.agent.app import serve
 
     settings = _settings(arguments.config)
     logs.set_up(settings.log_style.value, settings.log_level)
+    crashpoints.arm(os.environ.get(crashpoints.VARIABLE, ""), lambda: os._exit(137))
     token_file = arguments.join_token_file or settings.join_token_file
     token = ""
     if token_file:

@@ -22,6 +22,7 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.errors import InternalError, MalformedError
 from spiffe_core.lifetime import Validity
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
@@ -252,14 +253,19 @@ def _write(path: Path, data: bytes) -> None:
             temporary.unlink()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(temporary, flags, 0o600), "wb") as stream:
+            crash_point("agent_file.opened")
             stream.write(data)
             stream.flush()
+            crash_point("agent_file.written")
             os.fsync(stream.fileno())
+        crash_point("agent_file.synced")
         os.replace(temporary, path)
+        crash_point("agent_file.renamed")
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+        crash_point("agent_file.folder_synced")
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error

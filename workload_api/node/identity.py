@@ -19,6 +19,7 @@ import grpc
 from spiffe_core.authority import X509Authority
 from spiffe_core.bundle import Bundle, BundleSet
 from spiffe_core.bundle_document import bundle_from_document
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.errors import InternalError, MalformedError, PreconditionError
 from spiffe_core.lifetime import renew_at
 from spiffe_core.matching import exactly
@@ -142,6 +143,7 @@ class NodeIdentity:
         try:
             call = agent_pb2_grpc.AgentStub(channel).AttestAgent(timeout=ATTEST_TIMEOUT)
             await call.write(request)
+            crash_point("agent.csr_sent")
             answer = await call.read()
             await call.done_writing()
         except grpc.aio.AioRpcError as error:
@@ -179,8 +181,10 @@ class NodeIdentity:
         await asyncio.to_thread(self.storage.wipe)
 
     async def _take(self, chain: tuple[bytes, ...], key: bytes) -> None:
+        crash_point("agent.reply_got")
         svid = X509Svid.from_chain(chain)
         await asyncio.to_thread(self.storage.save_node, NodeState(key, chain))
+        crash_point("agent.identity_saved")
         self.svid, self._key = svid, key
 
     def _own(self) -> X509Svid:

@@ -19,6 +19,7 @@ import grpc
 from cryptography import x509
 
 from spiffe_core.bundle import Bundle
+from spiffe_core.crashpoints import crash_point
 from spiffe_core.entry import RegistrationEntry
 from spiffe_core.errors import (
     InternalError,
@@ -172,6 +173,7 @@ class Syncer:
             bundles=_bundles_of(last.bundles),
             removed_domains=[TrustDomain(name) for name in last.removed_trust_domains],
         )
+        crash_point("agent.applied")
         self.cursor = last.cursor
         await self._synced(messages[0].committed_at_micros)
 
@@ -255,6 +257,7 @@ class Syncer:
                 if self.node.renew_due():
                     await self.node.renew(self.dialer.channel)
                     self.dialer.cut()  # the next call comes with the new certificate
+                    crash_point("agent.switched_over")
                 due = self._due()
                 if due and await self._sign(due):
                     self.cache.wake(0)
@@ -326,6 +329,7 @@ class Syncer:
             )
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from error
+        crash_point("agent.svids_got")
         if len(answer.results) != len(entries):
             raise InternalError("the server answered another number of SVIDs than was asked")
         return sum(
