@@ -2,15 +2,34 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from ca.keys.protocol import KeyPurpose, PrivateKey, SigningKey
 from spiffe_core.authority import X509Authority
 from spiffe_core.jwtsvid import algorithms_of
 from spiffe_core.lifetime import Validity
+
+
+def key_usage(**bits: bool) -> x509.KeyUsage:
+    """Return a key usage of the named bits alone."""
+    names = (
+        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
+        "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
+    )  # fmt: skip
+    return x509.KeyUsage(**{name: bits.get(name, False) for name in names})
+
+
+# The same on every leaf, so made once.
+_LEAF_CONSTRAINTS: Final = x509.BasicConstraints(ca=False, path_length=None)
+_LEAF_USAGE: Final = key_usage(digital_signature=True)
+_LEAF_PURPOSES: Final = x509.ExtendedKeyUsage(
+    [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,18 @@ class ActiveX509:
             x509.SubjectKeyIdentifier
         )
         return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(extension.value)
+
+    @cached_property
+    def leaf_extensions(self) -> tuple[x509.Extension[x509.ExtensionType], ...]:
+        """The extensions that all leaves of this authority share, in their order."""
+        return (
+            x509.Extension(_LEAF_CONSTRAINTS.oid, True, _LEAF_CONSTRAINTS),
+            x509.Extension(_LEAF_USAGE.oid, True, _LEAF_USAGE),
+            x509.Extension(_LEAF_PURPOSES.oid, False, _LEAF_PURPOSES),
+            x509.Extension(
+                self.authority_key_identifier.oid, False, self.authority_key_identifier
+            ),
+        )
 
     @property
     def private(self) -> PrivateKey:
