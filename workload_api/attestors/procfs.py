@@ -1,8 +1,11 @@
-"""Pure parsers of what Linux says of a process in ``/proc``."""
+"""What Linux says of a process in ``/proc``: read whole, parsed purely."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from workload_api.attestors.protocol import AttestationError
+
+MAX_STATUS_BYTES: Final = 1024 * 1024  # 65,536 groups, Linux's own limit, take 720 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,25 +17,43 @@ class Status:
     groups: tuple[int, ...]
 
 
-def parse_status(text: str) -> Status:
+def read_status(pid: int) -> Status:
+    """
+    Read ``/proc/<pid>/status``; made by the kernel in memory, so it does not block.
+
+    Raises:
+        AttestationError: there is no such process, or its status is not what it must be.
+    """
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            data = file.read(MAX_STATUS_BYTES)
+    except OSError as error:
+        raise AttestationError("the process's status cannot be read") from error
+    if len(data) == MAX_STATUS_BYTES:
+        raise AttestationError("the process's status is too long")  # half a number is another
+    return parse_status(data)
+
+
+def parse_status(data: bytes) -> Status:
     """
     Parse ``/proc/<pid>/status``.
 
     Raises:
         AttestationError: a line that must be there is not.
     """
-    # The name comes first and is the process's own choice; a newline in it is escaped by
-    # the kernel, so the first line of each key is the kernel's.
-    lines: dict[str, str] = {}
-    for line in text.split("\n"):
-        key, colon, value = line.partition(":")
+    # The name comes first and is the process's own choice.  The kernel escapes a newline in
+    # it and nothing else, so lines end at newlines alone: Python's text mode also ends them
+    # at a carriage return, and a process named "\rGroups:\t0\r" would choose its groups.
+    lines: dict[bytes, bytes] = {}
+    for line in data.split(b"\n"):
+        key, colon, value = line.partition(b":")
         if colon:
             lines.setdefault(key, value)
     try:
         return Status(
-            int(lines["Uid"].split()[1]),
-            int(lines["Gid"].split()[1]),
-            tuple(int(one) for one in lines["Groups"].split()),
+            int(lines[b"Uid"].split()[1]),
+            int(lines[b"Gid"].split()[1]),
+            tuple(int(one) for one in lines[b"Groups"].split()),
         )
     except (KeyError, IndexError, ValueError) as error:
         raise AttestationError("the process's status cannot be read") from error

@@ -19,7 +19,7 @@ from typing import ClassVar, Final
 from spiffe_core.selector import Selector, SelectorSet
 from spiffe_core.text import utf8_bytes
 from spiffe_wire.frontdoor.peer import UnixPeer
-from workload_api.attestors.procfs import parse_status
+from workload_api.attestors.procfs import read_status
 from workload_api.attestors.protocol import AttestationError
 
 MAX_EXECUTABLE_BYTES: Final = 512 * 1024 * 1024  # SEC-32
@@ -40,11 +40,7 @@ class UnixAttestor:
 
     async def attest(self, peer: UnixPeer) -> SelectorSet:
         """See `WorkloadAttestor`."""
-        try:
-            with open(f"/proc/{peer.pid}/status", encoding="utf-8", errors="replace") as file:
-                status = parse_status(file.read(65536))
-        except OSError as error:
-            raise AttestationError("the process's status cannot be read") from error
+        status = read_status(peer.pid)
         if (status.uid, status.gid) != (peer.uid, peer.gid):
             # It changed user since it connected: it is not what the kernel vouched for.
             raise AttestationError("the process changed its user or group since it connected")

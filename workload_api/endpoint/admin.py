@@ -25,7 +25,7 @@ from spiffe_wire.pb.spiffe_issuer.v1 import (
     whoami_pb2,
     whoami_pb2_grpc,
 )
-from workload_api.attestors.procfs import parse_status
+from workload_api.attestors.procfs import read_status
 from workload_api.attestors.registry import Attestation
 from workload_api.cache.cache import WorkloadCache
 from workload_api.node.identity import NodeIdentity
@@ -149,8 +149,7 @@ def _process(pid: int) -> UnixPeer:
         raise MalformedError("a process ID is above 0")
     try:
         pidfd = PidFd(os.pidfd_open(pid))
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
-            status = parse_status(file.read(65536))
+        status = read_status(pid)
     except (OSError, SpiffeError) as error:
         raise NotFoundError(f"no process {pid} on this node") from error
     return UnixPeer(pid, status.uid, status.gid, PeerProof.PIDFD, pidfd)
