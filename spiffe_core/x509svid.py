@@ -8,28 +8,23 @@ Path building is the library's; the SVID profile is ours, on the same DER (T-15)
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final, Self, TypeVar
+from typing import Final, Self
 
 from cryptography import x509
-from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
-from cryptography.x509.verification import (
-    ExtensionPolicy,
-    PolicyBuilder,
-    Store,
-    VerificationError,
-)
+from cryptography.x509.oid import ExtensionOID
 
 from spiffe_core.bundle import BundleSet
-from spiffe_core.errors import MalformedError
-from spiffe_core.keys import (
-    MAX_CHAIN_BYTES,
-    MAX_CHAIN_CERTIFICATES,
-    KeyRefusedError,
-    check_certificate_size,
-    check_public_key,
-)
 from spiffe_core.lifetime import Validity
 from spiffe_core.spiffeid import SpiffeId, SpiffeIdError
+from spiffe_core.x509path import (
+    BOTH_PURPOSES,
+    build_path,
+    extensions_of,
+    find,
+    issuer_key_id,
+    parse_chain,
+)
+from spiffe_core.x509path import X509SvidError as X509SvidError
 
 # What a critical extension may be; any other is refused (X509-30).
 _KNOWN_ON_LEAF: Final = frozenset(
@@ -40,14 +35,6 @@ _KNOWN_ON_LEAF: Final = frozenset(
         ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
     }
 )
-_SIGNATURE_HASHES: Final = frozenset({"sha256", "sha384", "sha512"})  # SEC-15: no SHA-1, MD5
-
-
-_Extension = TypeVar("_Extension", bound=x509.ExtensionType)
-
-
-class X509SvidError(MalformedError):
-    """A chain is not an X509-SVID, or not one to be trusted; names the first rule broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +54,18 @@ class X509Svid:
         Raises:
             X509SvidError: names the first rule broken.
         """
-        return cls._of(tuple(chain), _parse_chain(chain)[0])
+        return cls._of(tuple(chain), parse_chain(chain)[0])
 
     @classmethod
     def _of(cls, chain: tuple[bytes, ...], leaf: x509.Certificate) -> Self:
-        spiffe_id = _check_leaf(leaf)
-        validity = Validity(leaf.not_valid_before_utc, leaf.not_valid_after_utc)
+        try:
+            spiffe_id = _check_leaf(leaf)
+            validity = Validity(leaf.not_valid_before_utc, leaf.not_valid_after_utc)
+        except X509SvidError:
+            raise
+        except Exception as error:
+            # Names and instants are parsed late, and each in its own way.
+            raise X509SvidError("leaf cannot be read") from error
         return cls(spiffe_id, chain, validity, leaf.serial_number)
 
     @property
@@ -101,89 +94,43 @@ def verify_x509_svid(chain: Sequence[bytes], bundles: BundleSet, *, at: datetime
     Raises:
         X509SvidError: names the first rule broken.
     """
-    certificates = _parse_chain(chain)
-    leaf, intermediates = certificates[0], certificates[1:]
-    svid = X509Svid._of(tuple(chain), leaf)
-    for certificate in intermediates:
-        _check_intermediate(certificate)
+    certificates = parse_chain(chain)
+    svid = X509Svid._of(tuple(chain), certificates[0])
     bundle = bundles.get(svid.spiffe_id.trust_domain)
     if bundle is None or not bundle.x509_authorities:
         raise X509SvidError("no X.509 authority is known for the SVID's trust domain")
     if not svid.validity.covers(at):
         raise X509SvidError("SVID has expired or is not valid yet")
-    anchors = [
-        x509.load_der_x509_certificate(authority.der)
-        for authority in bundle.x509_authorities
-        if authority.validity.covers(at)  # SEC-16: the whole chain, anchors included
-    ]
-    if not anchors:
-        raise X509SvidError("every X.509 authority of the SVID's trust domain has expired")
-    _build_path(leaf, intermediates, anchors, at)
+    build_path(certificates, bundle.x509_authorities, at=at)
     return svid
 
 
-def _parse_chain(chain: Sequence[bytes]) -> list[x509.Certificate]:
-    if not chain:
-        raise X509SvidError("no certificate")
-    if len(chain) > MAX_CHAIN_CERTIFICATES or sum(map(len, chain)) > MAX_CHAIN_BYTES:
-        raise X509SvidError("certificate chain is too long")
-    try:
-        for der in chain:
-            check_certificate_size(der)
-        certificates = [x509.load_der_x509_certificate(der) for der in chain]
-        for certificate in certificates:
-            _check_common(certificate)
-    except X509SvidError:
-        raise
-    except KeyRefusedError as error:
-        raise X509SvidError(str(error)) from error
-    except Exception as error:
-        raise X509SvidError("not a DER X.509 certificate") from error
-    return certificates
-
-
-def _check_common(certificate: x509.Certificate) -> None:
-    if certificate.version is not x509.Version.v3:
-        raise X509SvidError("certificate must be X.509 version 3")
-    if not 0 < certificate.serial_number < 1 << 159:
-        raise X509SvidError("serial number must be positive and at most 20 octets")
-    check_public_key(certificate.public_key())
-    algorithm = certificate.signature_hash_algorithm
-    if algorithm is not None and algorithm.name not in _SIGNATURE_HASHES:
-        raise X509SvidError("certificate is signed with a hash that is not accepted")
-
-
 def _check_leaf(leaf: x509.Certificate) -> SpiffeId:
-    extensions = _extensions(leaf)
+    extensions = extensions_of(leaf)
+    _check_usage(extensions)
+    return _id_of(extensions, subject_is_empty=not list(leaf.subject))
+
+
+def _check_usage(extensions: x509.Extensions) -> None:
     for extension in extensions:
         if extension.critical and extension.oid not in _KNOWN_ON_LEAF:
             raise X509SvidError("leaf has an unknown critical extension")
-    spiffe_id = _id_of(extensions, subject_is_empty=not list(leaf.subject))
-    constraints = _find(extensions, x509.BasicConstraints)
+        if extension.oid == ExtensionOID.NAME_CONSTRAINTS:
+            raise X509SvidError("leaf has name constraints, which belong to CAs")
+    constraints = find(extensions, x509.BasicConstraints)
     if constraints is not None and constraints.ca:
         raise X509SvidError("leaf has cA TRUE; a signing certificate is no identity")
-    usage = _find(extensions, x509.KeyUsage)
+    usage = find(extensions, x509.KeyUsage)
     if usage is None:
         raise X509SvidError("leaf has no key usage")
     if usage.key_cert_sign or usage.crl_sign:
         raise X509SvidError("leaf must not have keyCertSign or cRLSign")
     if not usage.digital_signature:
         raise X509SvidError("leaf has no digitalSignature")
-    purposes = _find(extensions, x509.ExtendedKeyUsage)
-    if purposes is not None and not {
-        ExtendedKeyUsageOID.CLIENT_AUTH,
-        ExtendedKeyUsageOID.SERVER_AUTH,
-    } <= set(purposes):
+    purposes = find(extensions, x509.ExtendedKeyUsage)
+    if purposes is not None and not set(purposes) >= BOTH_PURPOSES:
         raise X509SvidError("extended key usage must hold both serverAuth and clientAuth")
-    return spiffe_id
-
-
-def _check_intermediate(certificate: x509.Certificate) -> None:
-    extensions = _extensions(certificate)
-    constraints = _find(extensions, x509.BasicConstraints)
-    usage = _find(extensions, x509.KeyUsage)
-    if constraints is None or not constraints.ca or usage is None or not usage.key_cert_sign:
-        raise X509SvidError("every certificate after the leaf must be a CA with keyCertSign")
+    issuer_key_id(extensions)
 
 
 def _id_of(extensions: x509.Extensions, *, subject_is_empty: bool) -> SpiffeId:
@@ -203,43 +150,3 @@ def _id_of(extensions: x509.Extensions, *, subject_is_empty: bool) -> SpiffeId:
     if not spiffe_id.path:
         raise X509SvidError("a leaf's SPIFFE ID must have a path")
     return spiffe_id
-
-
-def _extensions(certificate: x509.Certificate) -> x509.Extensions:
-    try:
-        return certificate.extensions
-    except Exception as error:
-        raise X509SvidError("certificate extensions cannot be read") from error
-
-
-def _find(extensions: x509.Extensions, wanted: type[_Extension]) -> _Extension | None:
-    try:
-        return extensions.get_extension_for_class(wanted).value
-    except x509.ExtensionNotFound:
-        return None
-
-
-def _build_path(
-    leaf: x509.Certificate,
-    intermediates: Sequence[x509.Certificate],
-    anchors: list[x509.Certificate],
-    at: datetime,
-) -> None:
-    verifier = (
-        PolicyBuilder()
-        .store(Store(anchors))
-        .time(at.replace(tzinfo=None))
-        .max_chain_depth(MAX_CHAIN_CERTIFICATES - 1)
-        # The leaf's profile was checked above; the library's is the web's, not SPIFFE's.
-        .extension_policies(
-            ca_policy=ExtensionPolicy.webpki_defaults_ca(),
-            ee_policy=ExtensionPolicy.permit_all(),
-        )
-        .build_client_verifier()
-    )
-    try:
-        verifier.verify(leaf, list(intermediates))
-    except VerificationError as error:
-        raise X509SvidError(
-            "no valid path from the SVID to an authority of its trust domain"
-        ) from error
