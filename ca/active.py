@@ -4,15 +4,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
+import jwt
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from jwt.algorithms import Algorithm
 
 from ca.keys.protocol import KeyPurpose, PrivateKey, SigningKey
 from spiffe_core.authority import X509Authority
 from spiffe_core.jwtsvid import algorithms_of
 from spiffe_core.lifetime import Validity
+from spiffe_core.strictjson import b64url_encode, dumps
 
 
 def key_usage(**bits: bool) -> x509.KeyUsage:
@@ -92,6 +95,17 @@ class ActiveJwt:
     def algorithm(self) -> str:
         """RS256, ES256 or ES384, by the key (SPIRE API 7.3)."""
         return algorithms_of(self.private.public_key())[0]
+
+    @cached_property
+    def signer(self) -> Algorithm:
+        """The library's implementation of `algorithm`."""
+        return jwt.get_algorithm_by_name(self.algorithm)
+
+    @cached_property
+    def header(self) -> str:
+        """The first part of every token (JWT-01, JWT-08): the same until the key changes."""
+        members = {"alg": self.algorithm, "kid": self.key_id, "typ": "JWT"}
+        return b64url_encode(dumps(members))
 
 
 def signature_hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:

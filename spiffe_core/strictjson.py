@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final, NoReturn, TypeAlias
 
 from spiffe_core.errors import MalformedError
@@ -20,6 +21,7 @@ MAX_DEPTH: Final = 32  # SEC-05
 MAX_INTEGER: Final = 2**53  # SEC-05; beyond it other readers lose digits
 MAX_BYTES: Final = 1024 * 1024
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
 
 
@@ -51,20 +53,8 @@ def loads(
         raise StrictJsonError("JSON is not UTF-8") from error
     _check_depth(text, max_depth)
 
-    def integer(digits: str) -> int:
-        # Length before value: int() of a long text is quadratic.
-        if len(digits) > 21 or not -max_integer <= (value := int(digits)) <= max_integer:
-            raise StrictJsonError("a JSON integer is out of range")
-        return value
-
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_constant=_constant,
-            parse_float=_float,
-            parse_int=integer,
-        )
+        value = _decoder(max_integer).decode(text)
     except ValueError as error:
         raise StrictJsonError("not JSON") from error
     if _SURROGATE.search(text):
@@ -80,9 +70,7 @@ def dumps(value: Json) -> bytes:
         StrictJsonError: NaN or Infinity, or half a surrogate pair.
     """
     try:
-        return json.dumps(
-            value, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-        ).encode()
+        return _ENCODER.encode(value).encode()
     except UnicodeEncodeError as error:
         raise StrictJsonError("JSON text holds half a surrogate pair") from error
     except ValueError as error:
@@ -109,6 +97,24 @@ def b64url_decode(text: str) -> bytes:
     return data
 
 
+@lru_cache(maxsize=8)
+def _decoder(max_integer: int) -> json.JSONDecoder:
+    """Made once for each limit: to make one costs as much as to read a token with it."""
+
+    def integer(digits: str) -> int:
+        # Length before value: int() of a long text is quadratic.
+        if len(digits) > 21 or not -max_integer <= (value := int(digits)) <= max_integer:
+            raise StrictJsonError("a JSON integer is out of range")
+        return value
+
+    return json.JSONDecoder(
+        object_pairs_hook=_object,
+        parse_constant=_constant,
+        parse_float=_float,
+        parse_int=integer,
+    )
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
@@ -129,6 +135,8 @@ def _float(digits: str) -> float:
 
 def _check_depth(text: str, limit: int) -> None:
     # Before the parser recurses.  Brackets inside strings are skipped.
+    if text.count("[") + text.count("{") <= limit:
+        return
     depth = 0
     for token in _STRUCTURE.findall(text):
         if token in ("[", "{"):
