@@ -80,7 +80,9 @@ class ServerSettings:
     runtime_dir: Path = setting(
         "Sockets; a folder that is empty after a boot", DEFAULT_RUNTIME_DIR
     )
-    admin_socket: str = setting("Admin socket; empty means admin.sock in runtime_dir", "")
+    admin_socket: Path | None = setting(
+        "Admin socket; left out, it is admin.sock in runtime_dir", None
+    )
     admin_uids: tuple[int, ...] = setting(
         "Users beside our own who may use the admin socket", ()
     )
@@ -106,9 +108,7 @@ class ServerSettings:
     @property
     def admin_socket_path(self) -> Path:
         """Where the admin socket is."""
-        if self.admin_socket:
-            return Path(self.admin_socket)
-        return self.runtime_dir / "admin.sock"
+        return self.admin_socket or self.runtime_dir / "admin.sock"
 
     @property
     def database(self) -> Path:

@@ -217,7 +217,11 @@ def _value(type_: Any, given: Any) -> Any:
     if type_ is timedelta:
         return duration(given)
     if type_ is Path:
-        return Path(given).expanduser()
+        path = Path(given).expanduser()
+        if not path.is_absolute():
+            # Started from another folder, a server would find no database, and begin anew.
+            raise ValueError("must be an absolute path")
+        return path
     if isinstance(type_, type) and issubclass(type_, enum.Enum):
         allowed = [one.value for one in type_]
         if given not in allowed:

@@ -94,7 +94,7 @@ async def serve(settings: AgentSettings, join_token: str = "") -> AsyncIterator[
         cache = WorkloadCache(trust_domain)
         served_before = await asyncio.to_thread(storage.load_cache, cache, _now())
         if trust_domain not in cache.bundles and settings.server.trust_bundle:
-            bundle = read_trust_bundle(Path(settings.server.trust_bundle), trust_domain)
+            bundle = read_trust_bundle(settings.server.trust_bundle, trust_domain)
             cache.bundles[trust_domain] = bundle
         node = NodeIdentity(trust_domain, storage, cache, _now)
         known = await node.load()
@@ -160,6 +160,7 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
     attestation = Attestation(
         [UnixAttestor(hash_executables=settings.workloads.hash_executables)]
     )
+    stack.callback(attestation.close)
     stopping = asyncio.Event()
     workload = WorkloadServicer(
         cache,

@@ -28,8 +28,9 @@ class Server:
 
     address: str = setting("Host name or address of the server", "127.0.0.1")
     port: int = setting("Port of the server", 8081)
-    trust_bundle: str = setting(
-        "Bundle to know the server by at the first start: PEM, or a SPIFFE bundle document", ""
+    trust_bundle: Path | None = setting(
+        "Bundle to know the server by at the first start: PEM, or a SPIFFE bundle document",
+        None,
     )
     sync_interval: timedelta = setting(
         "How often to ask a server that cannot push", timedelta(seconds=5)
@@ -80,7 +81,7 @@ class AgentSettings:
     admin_uids: tuple[int, ...] = setting(
         "Users beside our own who may use the admin socket", ()
     )
-    join_token_file: str = setting("File with a join token, for the first start", "")
+    join_token_file: Path | None = setting("File with a join token, for the first start", None)
     server: Server = section("The server", Server)
     workloads: Workloads = section("The workloads", Workloads)
     status: Status = section("Health and metrics", Status)
