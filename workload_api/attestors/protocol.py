@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol
 
 from spiffe_core.errors import NotReadyError
 from spiffe_core.selector import SelectorSet
 from spiffe_wire.frontdoor.peer import UnixPeer
+
+AT_ONCE: Final = 32  # security requirements, table 1
+PER_UID: Final = 24  # of these; the rest is for everybody else (SEC-81)
 
 
 class AttestationError(NotReadyError):
@@ -36,4 +39,8 @@ class WorkloadAttestor(Protocol):
         Raises:
             AttestationError: the agent then goes on with fewer selectors, marked partial.
         """
+        ...
+
+    def close(self) -> None:
+        """The agent ends: stop whatever is under way."""
         ...

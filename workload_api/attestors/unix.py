@@ -6,12 +6,6 @@ user, who can start the one and become the other; combine them with ``uid``.
 """
 
 import asyncio
-import grp
-import hashlib
-import os
-import pwd
-import stat
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import ClassVar, Final
@@ -19,13 +13,13 @@ from typing import ClassVar, Final
 from spiffe_core.selector import Selector, SelectorSet
 from spiffe_core.text import utf8_bytes
 from spiffe_wire.frontdoor.peer import UnixPeer
+from workload_api.attestors.executable import FileIdentity, digest_of, executable_of
+from workload_api.attestors.names import Names, group_name, user_name
 from workload_api.attestors.procfs import read_status
-from workload_api.attestors.protocol import AttestationError
+from workload_api.attestors.protocol import AT_ONCE, PER_UID, AttestationError
+from workload_api.attestors.workers import Workers
 
-MAX_EXECUTABLE_BYTES: Final = 512 * 1024 * 1024  # SEC-32
 HASHES_KEPT: Final = 1024
-NAME_SECONDS: Final = 60.0
-_CHUNK: Final = 1024 * 1024
 
 
 class UnixAttestor:
@@ -33,10 +27,21 @@ class UnixAttestor:
 
     type: ClassVar[str] = "unix"
 
-    def __init__(self, *, hash_executables: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        hash_executables: bool = True,
+        look_up_user: Callable[[int], str | None] = user_name,
+        look_up_group: Callable[[int], str | None] = group_name,
+        digest: Callable[[int, FileIdentity], str] = digest_of,
+    ) -> None:
         self._hash = hash_executables
-        self._hashes: OrderedDict[tuple[int, ...], str] = OrderedDict()
-        self._names: dict[tuple[str, int], tuple[float, str | None]] = {}
+        self._digest_of = digest
+        self._workers = Workers(AT_ONCE, PER_UID)
+        self._users = Names(look_up_user, self._workers)
+        self._groups = Names(look_up_group, self._workers)
+        self._digests: OrderedDict[FileIdentity, str] = OrderedDict()
+        self._hashing: dict[FileIdentity, asyncio.Task[str]] = {}
 
     async def attest(self, peer: UnixPeer) -> SelectorSet:
         """See `WorkloadAttestor`."""
@@ -46,84 +51,59 @@ class UnixAttestor:
             raise AttestationError("the process changed its user or group since it connected")
         found = {f"uid:{status.uid}", f"gid:{status.gid}"}
         found |= {f"supplementary_gid:{one}" for one in status.groups}
-        found |= await self._named("user", [status.uid], _user_name)
-        found |= await self._named("group", [status.gid], _group_name)
-        found |= await self._named("supplementary_group", status.groups, _group_name)
-        found |= await self._executable(peer.pid)
+        named = [("user", self._users, status.uid), ("group", self._groups, status.gid)]
+        named += [("supplementary_group", self._groups, one) for one in status.groups]
+        for kind, names, number in named:
+            if name := await names.of(number):
+                found.add(f"{kind}:{name}")
+        found |= await self._executable(peer)
+        # A program that changes its user when it starts must not lend its path to the caller.
+        if read_status(peer.pid) != status:
+            raise AttestationError("the process changed its user or group meanwhile")
         # A path may be any bytes; what is not UTF-8 no entry can name.
         return frozenset(
             Selector(self.type, one) for one in found if utf8_bytes(one) is not None
         )
 
-    async def _executable(self, pid: int) -> set[str]:
-        try:
-            file = os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise AttestationError("the process's executable cannot be read") from error
-        try:
-            path = os.readlink(f"/proc/{pid}/exe")
-            found = os.fstat(file)
-            selectors = {f"path:{path}"}
-            if self._hash:
-                selectors.add(f"sha256:{await self._digest(file, found)}")
-            now = os.stat(f"/proc/{pid}/exe")
-        except OSError as error:
-            raise AttestationError("the process's executable cannot be read") from error
-        finally:
-            os.close(file)
-        if (now.st_dev, now.st_ino) != (found.st_dev, found.st_ino):
-            raise AttestationError("the process changed its executable meanwhile")
+    def close(self) -> None:
+        """Stop whatever is under way."""
+        for task in self._hashing.values():
+            task.cancel()
+        self._users.close()
+        self._groups.close()
+        self._workers.close()
+
+    async def _executable(self, peer: UnixPeer) -> set[str]:
+        runs = await self._workers.run(peer.uid, executable_of, peer.pid)
+        selectors = set() if runs.path is None else {f"path:{runs.path}"}
+        if self._hash:
+            selectors.add(f"sha256:{await self._digest(peer, runs.identity)}")
         return selectors
 
-    async def _digest(self, file: int, found: os.stat_result) -> str:
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_EXECUTABLE_BYTES:
-            raise AttestationError("the executable is too large to hash")
-        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        if key not in self._hashes:
-            self._hashes[key] = await asyncio.to_thread(_sha256, file)
-            while len(self._hashes) > HASHES_KEPT:
-                self._hashes.popitem(last=False)
-        return self._hashes[key]
+    async def _digest(self, peer: UnixPeer, identity: FileIdentity) -> str:
+        while True:
+            known = self._digests.get(identity)
+            if known is not None:
+                self._digests.move_to_end(identity)
+                return known
+            task = self._hashing.get(identity)
+            mine = task is None
+            if task is None:
+                run = self._workers.run(peer.uid, self._digest_of, peer.pid, identity)
+                task = asyncio.ensure_future(run)
+                self._hashing[identity] = task
+                task.add_done_callback(lambda done: self._hashed(identity, done))
+            try:
+                # It goes on when the caller's time is up: his next try then finds it done.
+                return await asyncio.shield(task)
+            except AttestationError:
+                if mine:
+                    raise
+                # Another process's file could not be read; ours may still be there.
 
-    async def _named(
-        self,
-        kind: str,
-        ids: "tuple[int, ...] | list[int]",
-        look_up: Callable[[int], str | None],
-    ) -> set[str]:
-        found = set()
-        for one in ids:
-            known = self._names.get((kind, one))
-            if known is None or known[0] < time.monotonic():
-                # A directory service may stand behind this, and may hang.
-                name = await asyncio.to_thread(look_up, one)
-                known = time.monotonic() + NAME_SECONDS, name
-                if len(self._names) > 10_000:
-                    self._names.clear()
-                self._names[kind, one] = known
-            if known[1]:
-                found.add(f"{kind}:{known[1]}")
-        return found
-
-
-def _user_name(uid: int) -> str | None:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return None
-
-
-def _group_name(gid: int) -> str | None:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return None
-
-
-def _sha256(file: int) -> str:
-    digest = hashlib.sha256()
-    at = 0
-    while data := os.pread(file, _CHUNK, at):
-        digest.update(data)
-        at += len(data)
-    return digest.hexdigest()
+    def _hashed(self, identity: FileIdentity, task: "asyncio.Task[str]") -> None:
+        del self._hashing[identity]
+        if not task.cancelled() and task.exception() is None:
+            self._digests[identity] = task.result()
+            while len(self._digests) > HASHES_KEPT:
+                self._digests.popitem(last=False)
