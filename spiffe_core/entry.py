@@ -7,6 +7,7 @@ Source: SPIRE API 4 and 5.1 (entry rules), SEC-03, SEC-04, SEC-25, WAPI-57.
 import hashlib
 import json
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final, Self
@@ -175,7 +176,12 @@ def _is_dns_label(label: str) -> bool:
     except UnicodeError:
         return False
     canonical = text.encode("punycode").decode() == label[4:] and text == text.lower()
-    return canonical and not text.isascii()
+    return canonical and not text.isascii() and all(map(_is_idna, text))
+
+
+def _is_idna(character: str) -> bool:
+    # Letters, marks and numbers, as IDNA 2008 has it, near enough: nothing unseen or spacing.
+    return character == "-" or unicodedata.category(character)[0] in "LMN"
 
 
 def _check_ttl(what: str, ttl: timedelta) -> None:

@@ -64,8 +64,8 @@ def check_agent(
         raise AgentDeniedError("agent is not attested", DenialReason.AGENT_NOT_ATTESTED)
     if agent.banned:
         raise AgentDeniedError("agent is banned", DenialReason.AGENT_BANNED)
-    if serial == agent.serial:
+    if serial and serial == agent.serial:
         return AgentCheck.ALLOWED
-    if agent.new_serial and serial == agent.new_serial:
+    if serial and serial == agent.new_serial:
         return AgentCheck.ACTIVATES_NEW
     raise AgentDeniedError("agent SVID was superseded", DenialReason.AGENT_NOT_ACTIVE)
