@@ -8,8 +8,6 @@ knows each connection by a name of 128 random bits that maps to the proven `Peer
 """
 
 import asyncio
-import contextlib
-import errno
 import logging
 import os
 import secrets
@@ -17,52 +15,58 @@ import shutil
 import socket
 import ssl
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import grpc
 
-from spiffe_core.errors import InternalError, SpiffeError
+from spiffe_core.errors import ForbiddenError, InternalError, NotReadyError, SpiffeError
 from spiffe_core.x509svid import X509Svid
 from spiffe_wire.frontdoor import kernel
+from spiffe_wire.frontdoor.acceptor import Acceptor
 from spiffe_wire.frontdoor.kernel import PeerPolicy
-from spiffe_wire.frontdoor.peer import REGISTRY, Peer, PeerProof, TlsPeer, UnixPeer, peer_of
-from spiffe_wire.frontdoor.splice import Leg, join
+from spiffe_wire.frontdoor.limits import DoorLimits, Places, Refusals, Turns, address_key
+from spiffe_wire.frontdoor.opening import Opening
+from spiffe_wire.frontdoor.peer import REGISTRY, Peer, PeerProof, TlsPeer
+from spiffe_wire.frontdoor.selfcheck import SelfCheck
+from spiffe_wire.frontdoor.splice import LINGER_SECONDS, Leg, join, notice_dead_peer
 from spiffe_wire.frontdoor.tls import peer_chain
 from spiffe_wire.logs import event
 from spiffe_wire.unixsocket import SocketFile, bind_unix_socket
 
-_log = logging.getLogger(__name__)
+__all__ = ["DoorLimits", "FrontDoor", "Identify"]
 
-# An HTTP/2 client opens with 24 bytes of preface and a SETTINGS frame of at least 9.
-_OPENING_BYTES: Final = 33
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
 WATCH_INTERVAL: Final = timedelta(seconds=3)  # SEC-37: a removed socket is noticed in 5 s
+_BACKLOG: Final = 1024
 
 Identify = Callable[[tuple[bytes, ...]], X509Svid]
-"""Verifies a presented chain, or raises; called inside the handshake, before any RPC."""
-
-
-@dataclass(frozen=True, slots=True)
-class DoorLimits:
-    """Limits that apply before anything is attested (SEC-81; table 1)."""
-
-    connections: int = 4096
-    per_uid: int = 1500
-    per_pid: int = 20
-    opening: timedelta = timedelta(seconds=5)
-    handshakes: int = 64
-    streams: int = 128
+"""Verifies a presented chain, or raises; called before the peer's first byte is passed on."""
 
 
 @dataclass(eq=False, slots=True)
 class _Connection:
-    name: str
-    peer: Peer
-    outer: Leg
+    """From accept to close; `FrontDoor._end` runs once for each, whatever happened."""
+
+    socket: socket.socket
+    accepted_at: float
+    opening: Opening = field(default_factory=Opening)
+    places: ExitStack = field(default_factory=ExitStack)
+    """What it takes up until it is closed."""
+    silent_places: ExitStack = field(default_factory=ExitStack)
+    """What it takes up until HTTP/2 has begun."""
+    peer: Peer | None = None
+    name: str = ""
+    outer: Leg | None = None
+
+
+_Admit = Callable[[_Connection], Awaitable[None]]
 
 
 class FrontDoor:
@@ -88,30 +92,40 @@ class FrontDoor:
         self._interceptors = interceptors
         self.limits = limits or DoorLimits()
         self._options = _options(self.limits, max_message_bytes, max_age)
-        self._connections: dict[str, _Connection] = {}
-        self._per_uid: Counter[int] = Counter()
-        self._per_pid: Counter[int] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._listeners: list[socket.socket] = []
-        self._files: list[SocketFile] = []
-        self._handshakes = asyncio.Semaphore(self.limits.handshakes)
+        self._open: set[_Connection] = set()
+        self._per_uid = Places("connections of this user", self.limits.per_uid)
+        self._per_pid = Places("connections of this process", self.limits.per_pid)
+        self._unopened = Places("silent connections of this user", self.limits.unopened_per_uid)
+        self._unproven = Places(
+            "anonymous connections from there", self.limits.unproven_per_address
+        )
+        self._handshakes = Turns(self.limits.handshakes)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._acceptors: set[Acceptor] = set()
+        self.refusals = Refusals()
         self.proof = PeerProof.PIDFD
 
     async def __aenter__(self) -> Self:
         self._runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # 0700, and a short name: inner paths must fit sun_path.
+        # 0700, and reached by descriptor: its names fit sun_path wherever it lies.
         self._private = Path(tempfile.mkdtemp(prefix="d", dir=self._runtime_dir))
+        self._folder = os.open(self._private, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._inner = -1
         self._server = grpc.aio.server(interceptors=self._interceptors, options=self._options)
-        self._register(self._server)
-        probe = _SelfCheck()
-        probe.add_to(self._server)
-        inner = self._private / "s"
-        self._server.add_insecure_port(f"unix:{inner}")
-        await self._server.start()
-        # From here on the socket has no name: only this descriptor reaches it.
-        self._inner = os.open(inner, os.O_PATH | os.O_CLOEXEC)
-        inner.unlink()
-        await self._check_itself(probe)
+        try:
+            self._register(self._server)
+            check = SelfCheck()
+            check.add_to(self._server)
+            inner = self._fresh_path()
+            self._server.add_insecure_port(f"unix:{inner}")
+            await self._server.start()
+            # From here on the socket has no name: only this descriptor reaches it.
+            self._inner = os.open(inner, os.O_PATH | os.O_CLOEXEC)
+            inner.unlink()
+            await self._check_itself(check)
+        except BaseException:
+            await self.close(timedelta(0))
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -133,20 +147,20 @@ class FrontDoor:
             SocketPathError: the socket cannot safely be made there.
         """
 
-        async def admit(connection: socket.socket) -> None:
-            peer = kernel.prove(connection, policy, old_kernel=old_kernel)
+        async def admit(connection: _Connection) -> None:
+            peer = kernel.prove(connection.socket, policy, old_kernel=old_kernel)
             if allowed_uids is not None and peer.uid not in allowed_uids:
-                event(_log, logging.WARNING, "caller_refused", socket=path, uid=peer.uid)
-                connection.close()
-                return
+                raise ForbiddenError(f"uid {peer.uid} may not use {path}")
+            connection.places.callback(self._per_uid.take(peer.uid))
+            connection.places.callback(self._per_pid.take(peer.pid))
+            connection.silent_places.callback(self._unopened.take(peer.uid))
             self._note_proof(peer.proof)
-            await self._admit(connection, peer)
+            await self._splice(connection, await self._take(connection), peer)
 
-        listener = bind_unix_socket(path, mode)
-        file = SocketFile(path)
-        self._files.append(file)
-        self._start(self._accept(listener, admit))
-        self._start(self._watch(file, path, mode, admit))
+        def listen() -> Acceptor:
+            return self._listen(bind_unix_socket(path, mode), admit, SocketFile(path))
+
+        self._start(self._watch(listen(), listen, path))
 
     async def listen_tls(
         self, host: str, port: int, *, context: Callable[[], ssl.SSLContext], identify: Identify
@@ -164,262 +178,257 @@ class FrontDoor:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
-            listener.listen(1024)
+            listener.listen(_BACKLOG)
         except OSError as error:
             listener.close()
             raise InternalError(f"cannot listen on {host}:{port}: {error.strerror}") from error
         listener.setblocking(False)
 
-        async def admit(connection: socket.socket) -> None:
+        async def admit(connection: _Connection) -> None:
             await self._admit_tls(connection, context(), identify)
 
-        self._start(self._accept(listener, admit))
+        self._listen(listener, admit)
         return int(listener.getsockname()[1])
 
     def disconnect(self, unwanted: Callable[[Peer], bool]) -> int:
         """Cut every connection whose peer is *unwanted*; return how many there were."""
-        found = [one for one in self._connections.values() if unwanted(one.peer)]
+        found = [one for one in self._open if one.peer is not None and unwanted(one.peer)]
         for connection in found:
-            connection.outer.close()
+            self._cut(connection)
         return len(found)
 
     @property
     def connections(self) -> int:
-        """How many connections are open."""
-        return len(self._connections)
+        """How many connections are open, those being admitted included."""
+        return len(self._open)
 
     async def close(self, grace: timedelta) -> None:
         """Stop accepting, give running calls *grace*, then end everything; idempotent."""
         for task in self._tasks:
             task.cancel()
+        for acceptor in self._acceptors:
+            acceptor.close()
+        self._acceptors.clear()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for listener in self._listeners:
-            listener.close()
-        for file in self._files:
-            file.remove()
-        self._listeners.clear()
-        self._files.clear()
         await self._server.stop(grace.total_seconds())
-        for connection in list(self._connections.values()):
-            connection.outer.close()
-        if self._inner >= 0:
-            os.close(self._inner)
-            self._inner = -1
+        await self._cut_all(list(self._open))
+        for descriptor in (self._inner, self._folder):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._inner = self._folder = -1
         shutil.rmtree(self._private, ignore_errors=True)
 
-    def _start(self, coroutine: Any) -> None:
+    def _fresh_path(self) -> Path:
+        return Path(f"/proc/self/fd/{self._folder}/{secrets.token_hex(16)}")
+
+    def _start(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _note_proof(self, proof: PeerProof) -> None:
         if proof is PeerProof.FALLBACK and self.proof is PeerProof.PIDFD:
             self.proof = proof
             event(_log, logging.WARNING, "peer_proof_weaker", reason="kernel before 6.5")
 
-    async def _accept(self, listener: socket.socket, admit: Callable[..., Any]) -> None:
-        loop = asyncio.get_running_loop()
-        self._listeners.append(listener)
-        while True:
-            try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError as error:
-                if error.errno == errno.EBADF:
-                    return
-                # Out of descriptors or memory (SEC-84): wait instead of spinning.
-                event(_log, logging.ERROR, "accept_failed", exc_info=error)
-                await asyncio.sleep(0.1)
-                continue
-            if len(self._connections) >= self.limits.connections:
-                connection.close()
-                continue
-            connection.setblocking(False)
-            self._start(self._guard(connection, admit))
+    def _listen(
+        self, listener: socket.socket, admit: _Admit, file: SocketFile | None = None
+    ) -> Acceptor:
+        def accepted(connection: socket.socket) -> None:
+            self._accepted(connection, admit)
 
-    async def _guard(self, connection: socket.socket, admit: Callable[..., Any]) -> None:
+        def failed(error: OSError) -> None:
+            self.refusals.note("accept_failed", error)
+
+        acceptor = Acceptor(listener, accepted, failed, file)
+        self._acceptors.add(acceptor)
+        return acceptor
+
+    def _accepted(self, accepted: socket.socket, admit: _Admit) -> None:
+        if len(self._open) >= self.limits.connections:
+            accepted.close()
+            self.refusals.note("too_many")
+            return
+        connection = _Connection(accepted, asyncio.get_running_loop().time())
+        self._open.add(connection)
+        task = self._start(self._guard(connection, admit))
+
+        def settle(task: "asyncio.Task[bool]") -> None:
+            if task.cancelled() or not task.result():
+                self._cut(connection)
+
+        task.add_done_callback(settle)  # also when it never took its first step
+
+    async def _guard(self, connection: _Connection, admit: _Admit) -> bool:
+        """Admit, and say whether that went well."""
         try:
-            await admit(connection)
-        except (SpiffeError, OSError, ssl.SSLError, TimeoutError) as error:
-            event(_log, logging.INFO, "connection_refused", exc_info=error)
-            connection.close()
+            until = connection.accepted_at + self.limits.opening.total_seconds()
+            async with asyncio.timeout_at(until):
+                await admit(connection)
+        except TimeoutError:
+            self.refusals.note("silent")
+        except (SpiffeError, OSError) as error:
+            self.refusals.note(type(error).__name__, error)
         except Exception as error:  # noqa: BLE001 see below
             # Whatever a peer's bytes provoked in a library ends that peer's connection alone.
             event(_log, logging.ERROR, "connection_failed", exc_info=error)
-            connection.close()
-
-    async def _admit(self, connection: socket.socket, peer: UnixPeer) -> None:
-        if (
-            self._per_uid[peer.uid] >= self.limits.per_uid
-            or self._per_pid[peer.pid] >= self.limits.per_pid
-        ):
-            connection.close()
-            return
-        self._per_uid[peer.uid] += 1
-        self._per_pid[peer.pid] += 1
-        await self._relay(connection, peer)
-
-    async def _relay(self, connection: socket.socket, peer: Peer) -> None:
-        name, inner = await self._connect_inner(peer)
-        outer = Leg(lambda: self._closed(name))
-        self._connections[name] = _Connection(name, peer, outer)
-        loop = asyncio.get_running_loop()
-        await loop.connect_accepted_socket(lambda: outer, connection)
-        join(outer, inner)
-        self._expect_opening(outer)
+        else:
+            return True
+        return False
 
     async def _admit_tls(
-        self, connection: socket.socket, context: ssl.SSLContext, identify: Identify
+        self, connection: _Connection, context: ssl.SSLContext, identify: Identify
     ) -> None:
-        loop = asyncio.get_running_loop()
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        address = connection.getpeername()[0]
-        name = ""
-        outer = Leg(lambda: self._closed(name))
-        async with self._handshakes:
-            transport, _ = await loop.connect_accepted_socket(
-                lambda: outer,
+        address = connection.socket.getpeername()[0]
+        unproven = ExitStack()
+        unproven.callback(self._unproven.take(address_key(address)))
+        connection.places.callback(unproven.close)
+        notice_dead_peer(connection.socket)
+        async with self._handshakes.turn(address_key(address)):
+            outer = await self._take(
                 connection,
                 ssl=context,
                 ssl_handshake_timeout=self.limits.opening.total_seconds(),
+                ssl_shutdown_timeout=LINGER_SECONDS,
             )
-        try:
-            tls = transport.get_extra_info("ssl_object")
-            chain = peer_chain(tls)
-            peer = TlsPeer(identify(chain) if chain else None, address)
-            if tls.selected_alpn_protocol() != "h2":
-                outer.close()
-                return
-            name, inner = await self._connect_inner(peer)
-        except (SpiffeError, OSError) as error:
-            event(_log, logging.INFO, "connection_refused", address=address, exc_info=error)
-            outer.close()
-            return
-        self._connections[name] = _Connection(name, peer, outer)
-        join(outer, inner)
-        self._expect_opening(outer)
+        tls = outer.ssl_object
+        if tls.selected_alpn_protocol() != "h2":
+            raise ForbiddenError("the client does not offer HTTP/2")
+        if tls.session_reused:
+            # TLS 1.2 may remember sessions on our side, and no option of `ssl` forbids it.
+            raise ForbiddenError("the client resumed a session (SEC-17)")
+        chain = peer_chain(tls)
+        peer = TlsPeer(identify(chain) if chain else None, address)
+        if peer.svid is not None:
+            unproven.close()
+        await self._splice(connection, outer, peer)
 
-    async def _connect_inner(self, peer: Peer) -> tuple[str, Leg]:
-        """Connect to the private server under a fresh secret name that stands for *peer*."""
+    async def _take(self, connection: _Connection, **tls: Any) -> Leg:
+        """Hand the socket to the loop; with TLS, this is the handshake."""
+        connection.outer = outer = Leg(
+            lambda: self._end(connection), opening=connection.opening, stall=self.limits.stall
+        )
         loop = asyncio.get_running_loop()
-        path = self._private / secrets.token_hex(16)
+        await loop.connect_accepted_socket(lambda: outer, connection.socket, **tls)
+        return outer
+
+    async def _splice(self, connection: _Connection, outer: Leg, peer: Peer) -> None:
+        """Once HTTP/2 has begun, join *outer* to a connection of its own to the server."""
+        connection.peer = peer
+        await connection.opening.begun
+        connection.silent_places.close()
+        join(outer, await self._connect_inner(connection, peer))
+        loop = asyncio.get_running_loop()
+        until = connection.accepted_at + self.limits.first_request.total_seconds()
+        timer = loop.call_at(until, self._expect_request, connection)
+        connection.places.callback(timer.cancel)
+
+    def _expect_request(self, connection: _Connection) -> None:
+        if not connection.opening.requested:
+            self.refusals.note("no_request")
+            self._cut(connection)
+
+    async def _connect_inner(self, connection: _Connection, peer: Peer) -> Leg:
+        """Connect to the private server under a fresh secret name that stands for *peer*."""
+        path = self._fresh_path()
         inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         inner.setblocking(False)
+        leg = Leg(lambda: self._forget(connection))
         try:
             inner.bind(str(path))
             path.unlink()  # the name stays with the socket, and nobody can reach or squat it
-            for pause in (0.0, 0.001, 0.005, 0.02, 0.1, 0.5):
-                await asyncio.sleep(pause)
-                with contextlib.suppress(BlockingIOError):  # EAGAIN: its backlog is full
-                    inner.connect(f"/proc/self/fd/{self._inner}")
-                    break
-            else:
-                raise InternalError("the server is overloaded")
-        except OSError:
-            inner.close()
-            raise
-        name = f"unix:{path}"
-        leg = Leg()
-        REGISTRY[name] = peer
-        try:
+            await self._reach(inner)
+            if connection not in self._open:
+                raise ConnectionAbortedError("the client has left")
+            connection.name = f"unix:{path}"
+            REGISTRY[connection.name] = peer
+            loop = asyncio.get_running_loop()
             await loop.create_unix_connection(lambda: leg, sock=inner)
-        except OSError:
-            del REGISTRY[name]
-            inner.close()
+        except BaseException:
+            if leg.transport is None:
+                inner.close()
             raise
-        return name, leg
+        return leg
 
-    def _closed(self, name: str) -> None:
-        # Before the inner socket closes, so that the name can never mean anybody else.
-        peer = REGISTRY.pop(name, None)
-        if peer is not None:
-            peer.connection_closed()
-        if self._connections.pop(name, None) is not None and isinstance(peer, UnixPeer):
-            for counter, key in ((self._per_uid, peer.uid), (self._per_pid, peer.pid)):
-                counter[key] -= 1
-                if not counter[key]:
-                    del counter[key]
+    async def _reach(self, inner: socket.socket) -> None:
+        for pause in (0.001, 0.005, 0.02, 0.1, 0.5, 0.0):
+            try:
+                inner.connect(f"/proc/self/fd/{self._inner}")
+            except BlockingIOError:  # EAGAIN: its backlog is full
+                await asyncio.sleep(pause)
+            else:
+                return
+        raise NotReadyError("the server is overloaded")
 
-    def _expect_opening(self, outer: Leg) -> None:
-        """Cut a connection that has not even opened HTTP/2 in time."""
+    def _cut(self, connection: _Connection) -> None:
+        """End *connection* now, in whatever state it is."""
+        if connection.outer is not None and connection.outer.transport is not None:
+            connection.outer.close()
+        else:
+            connection.socket.close()
+            self._end(connection)
 
-        def check() -> None:
-            if outer.received < _OPENING_BYTES:
-                outer.close()
+    async def _cut_all(self, connections: list[_Connection]) -> None:
+        """Cut them and see their sockets closed."""
+        legs = [leg.closed for one in connections if one.outer for leg in one.outer.pair()]
+        for connection in connections:
+            self._cut(connection)
+        if legs:
+            await asyncio.wait(legs, timeout=LINGER_SECONDS + 1)
 
-        asyncio.get_running_loop().call_later(self.limits.opening.total_seconds(), check)
+    def _forget(self, connection: _Connection) -> None:
+        # Before its socket closes, so that the name can never mean anybody else.
+        REGISTRY.pop(connection.name, None)
+
+    def _end(self, connection: _Connection) -> None:
+        if connection not in self._open:
+            return
+        self._open.discard(connection)
+        self._forget(connection)
+        connection.silent_places.close()
+        connection.places.close()
+        if connection.peer is not None:
+            connection.peer.connection_closed()
+        # No cycle may keep them: a pidfd closes with the last reference to its peer.
+        connection.peer = connection.outer = None
 
     async def _watch(
-        self, file: SocketFile, path: Path, mode: int, admit: Callable[..., Any]
+        self, acceptor: Acceptor, listen: Callable[[], Acceptor], path: Path
     ) -> None:
         """Make the socket anew when its file was removed or replaced (SEC-37)."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL.total_seconds())
-            if file.is_ours():
+            if acceptor.file is None or acceptor.file.is_ours():
                 continue
             event(_log, logging.WARNING, "socket_replaced", socket=path)
             try:
-                listener = bind_unix_socket(path, mode)
+                fresh = listen()
             except SpiffeError as error:
                 event(_log, logging.ERROR, "socket_not_restored", socket=path, exc_info=error)
                 continue
-            self._files.remove(file)
-            file = SocketFile(path)
-            self._files.append(file)
-            self._start(self._accept(listener, admit))
+            self._acceptors.discard(acceptor)
+            acceptor.close()
+            acceptor = fresh
 
-    async def _check_itself(self, probe: "_SelfCheck") -> None:
-        """See that grpcio still reports the inner name, or refuse to start (ADR 1)."""
+    async def _check_itself(self, check: SelfCheck) -> None:
         peer = TlsPeer(None, "self-check")
-        path = self._private / "c"
+        path = self._fresh_path()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         listener.setblocking(False)
         listener.bind(str(path))
         listener.listen()
 
-        async def admit(connection: socket.socket) -> None:
-            await self._relay(connection, peer)
+        async def admit(connection: _Connection) -> None:
+            await self._splice(connection, await self._take(connection), peer)
 
-        accepting = asyncio.create_task(self._accept(listener, admit))
+        acceptor = self._listen(listener, admit)
         try:
-            found = await probe.call(path)
+            await check.call(path, peer)
         finally:
-            accepting.cancel()
-            await asyncio.wait([accepting])
-            listener.close()
-            self.disconnect(lambda one: one is peer)
-        if found is not peer:
-            await self.close(timedelta(0))
-            raise InternalError(
-                "this grpcio does not report the name of a connection: install the pinned one"
-            )
-
-
-class _SelfCheck:
-    """A method with an unguessable name, called once at start over a real connection."""
-
-    def __init__(self) -> None:
-        self._service = f"selfcheck.{secrets.token_hex(16)}"
-        self._seen: Peer | None = None
-
-    def add_to(self, server: Any) -> None:
-        async def check(_: bytes, context: Any) -> bytes:
-            self._seen = peer_of(context)
-            return b""
-
-        handler = grpc.unary_unary_rpc_method_handler(check)
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(self._service, {"Check": handler}),)
-        )
-
-    async def call(self, path: Path) -> Peer | None:
-        """Call through the socket at *path* and return the peer that the server saw."""
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(f"unix:{path}", options=options) as channel:
-            # The security header, in case this door demands it.
-            await channel.unary_unary(f"/{self._service}/Check")(
-                b"", timeout=5, metadata=(("workload.spiffe.io", "true"),)
-            )
-        return self._seen
+            self._acceptors.discard(acceptor)
+            acceptor.close()
+            await self._cut_all([one for one in self._open if one.peer is peer])
 
 
 def _options(

@@ -6,6 +6,7 @@ Everything here happens at accept, before a byte of the peer is read.
 
 import enum
 import errno
+import functools
 import os
 import socket
 import struct
@@ -15,7 +16,6 @@ from spiffe_core.errors import UnauthenticatedError
 from spiffe_wire.frontdoor.peer import PeerProof, PidFd, UnixPeer
 
 SO_PEERPIDFD: Final = 77  # Linux 6.5; not in the socket module
-OVERFLOW_ID: Final = 65534  # an ID that has no name in our user namespace
 NO_ID: Final = 2**32 - 1
 _CREDENTIALS: Final = struct.Struct("iII")
 
@@ -42,16 +42,21 @@ def prove(
     pid, uid, gid = _CREDENTIALS.unpack(raw)
     if pid <= 0:
         raise UnauthenticatedError("the caller lives in a PID namespace out of our sight")
-    if uid == NO_ID or gid == NO_ID:
+    if not _known(uid, "uid") or not _known(gid, "gid"):
         raise UnauthenticatedError("the caller's uid or gid has no meaning here")
     try:
         if old_kernel:
             raise OSError(errno.ENOPROTOOPT, "as on a kernel before 6.5")
-        fd = connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
-        return UnixPeer(pid, uid, gid, PeerProof.PIDFD, PidFd(fd))
+        pidfd = PidFd(connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
-            raise UnauthenticatedError("the caller has ended already") from error
+            # ESRCH, EINVAL: it was reaped; EMFILE: our own limit.  Never the fall-back.
+            raise UnauthenticatedError("the kernel has no pidfd for the caller") from error
+    else:
+        # Newer kernels hand out a pidfd of a process that was reaped.
+        if not pidfd.alive():
+            raise UnauthenticatedError("the caller has ended already")
+        return UnixPeer(pid, uid, gid, PeerProof.PIDFD, pidfd)
     if policy is PeerPolicy.REQUIRE_PIDFD:
         raise UnauthenticatedError(
             "this kernel (before 6.5) can't prove callers, and the settings demand proof"
@@ -59,17 +64,48 @@ def prove(
     return _pin(pid, uid, gid)
 
 
+def _known(number: int, kind: str) -> bool:
+    """
+    False for an ID that stands for "none", or for all that our user namespace can't name.
+
+    Where every ID has a name, as on a plain host, the overflow ID is the user `nobody`.
+    """
+    if number == NO_ID:
+        return False
+    return number != _overflow_id(kind) or _names_all(kind)
+
+
+@functools.cache
+def _overflow_id(kind: str) -> int:
+    with open(f"/proc/sys/kernel/overflow{kind}", "rb") as file:
+        return int(file.read())
+
+
+@functools.cache
+def _names_all(kind: str) -> bool:
+    with open(f"/proc/self/{kind}_map", "rb") as file:
+        return sum(int(line.split()[2]) for line in file) == NO_ID
+
+
 def _pin(pid: int, uid: int, gid: int) -> UnixPeer:
     """Before Linux 6.5: open a pidfd by number and see that the process fits what it sent."""
     try:
         started = start_time(pid)
         pidfd = PidFd(os.pidfd_open(pid))
-        owner = os.stat(f"/proc/{pid}").st_uid
-        if start_time(pid) != started or owner != uid or not pidfd.alive():
+        # Not the owner of /proc/<pid>: that is root for all who once dropped a privilege.
+        if _effective_ids(pid) != (uid, gid) or start_time(pid) != started:
+            raise UnauthenticatedError("the caller is not who connected")
+        if not pidfd.alive():
             raise UnauthenticatedError("the caller has ended already")
     except OSError as error:
         raise UnauthenticatedError("the caller has ended already") from error
     return UnixPeer(pid, uid, gid, PeerProof.FALLBACK, pidfd)
+
+
+def _effective_ids(pid: int) -> tuple[int, int]:
+    with open(f"/proc/{pid}/status", "rb") as file:
+        found = dict(line.split(b":", 1) for line in file if line[:4] in (b"Uid:", b"Gid:"))
+    return int(found[b"Uid"].split()[1]), int(found[b"Gid"].split()[1])
 
 
 def start_time(pid: int) -> int:

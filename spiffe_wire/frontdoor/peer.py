@@ -55,6 +55,7 @@ class UnixPeer:
     proof: PeerProof
     pidfd: PidFd = field(repr=False)
     _exited: "asyncio.Future[None] | None" = field(default=None, repr=False)
+    _closed: bool = field(default=False, repr=False)
 
     def alive(self) -> bool:
         """True while the process that connected lives."""
@@ -71,19 +72,26 @@ class UnixPeer:
             raise PeerGoneError("the calling process has ended")
 
     def exited(self) -> "asyncio.Future[None]":
-        """Return a future that is done when the process ends; shared by all who wait."""
+        """
+        Return a future that is done when the process ends; shared by all who wait.
+
+        It is cancelled when the connection closes: nobody is left to be told then.
+        """
         if self._exited is None:
             loop = asyncio.get_running_loop()
             self._exited = loop.create_future()
-            loop.add_reader(self.pidfd.fd, self._on_exit)
+            if self._closed:
+                self._exited.cancel()
+            else:
+                loop.add_reader(self.pidfd.fd, self._on_exit)
         return self._exited
 
     def connection_closed(self) -> None:
         """Forget the reader; the pidfd itself closes with the last holder of this peer."""
+        self._closed = True
         if self._exited is not None:
             self._exited.get_loop().remove_reader(self.pidfd.fd)
             self._exited.cancel()
-            self._exited = None
 
     def _on_exit(self) -> None:
         if self._exited is not None and not self._exited.done():

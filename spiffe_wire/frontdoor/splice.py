@@ -1,26 +1,47 @@
 """
 Two connections, one byte stream: what one leg receives the other sends.
 
-Source: transport, rules for the splice.  Flow control is passed on, and both legs close
-together: gRPC never half-closes, and half-open legs leak connections.
+Source: transport, rules for the splice; SEC-83.  Flow control is passed on, and both legs
+close together: gRPC never half-closes, and half-open legs leak connections.
 """
 
 import asyncio
+import socket
 from collections.abc import Callable
-from typing import cast
+from datetime import timedelta
+from typing import Any, Final, cast
+
+from spiffe_wire.frontdoor.opening import Opening, OpeningError
+
+LINGER_SECONDS: Final = 5.0
+"""How long a closed leg may take to send what it still holds."""
+_EARLY_BYTES: Final = 64 * 1024
 
 
 class Leg(asyncio.Protocol):
-    """One side of a splice; `join` makes two of them a pair."""
+    """
+    One side of a splice; `join` makes two of them a pair.
 
-    def __init__(self, on_closed: Callable[[], None] = lambda: None) -> None:
+    *opening* judges a client's first bytes.  *stall* cuts a peer that reads nothing for
+    that long while something waits for it.
+    """
+
+    def __init__(
+        self,
+        on_closed: Callable[[], None] = lambda: None,
+        *,
+        opening: Opening | None = None,
+        stall: timedelta | None = None,
+    ) -> None:
         self.transport: asyncio.Transport | None = None
-        self.received = 0
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._on_closed = on_closed
+        self._opening = opening
+        self._stall = stall
+        self._stalled: asyncio.TimerHandle | None = None
         self._other: Leg | None = None
         # uvloop ignores pause_reading() inside connection_made(): early bytes wait here.
-        self._early: list[bytes] = []
-        self._lost = False
-        self.on_closed = on_closed
+        self._early = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport; bytes wait until the legs are joined."""
@@ -28,47 +49,117 @@ class Leg(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Pass on, or queue until there is somebody to pass on to."""
-        self.received += len(data)
-        if self._other is None or self._other.transport is None:
-            self._early.append(data)
-        else:
+        if self._opening is not None:
+            try:
+                self._opening.feed(data)
+            except OpeningError as error:
+                self._opening.abandon(error)
+                self.close()
+                return
+            if self._opening.requested:
+                self._opening = None
+        if self._other is not None and self._other.transport is not None:
             self._other.transport.write(data)
+            return
+        self._early += data
+        if len(self._early) > _EARLY_BYTES and self.transport is not None:
+            self.transport.pause_reading()
 
     def eof_received(self) -> bool:
         """Close at once: neither side of a gRPC connection half-closes."""
+        self.finish()
         return False
 
     def pause_writing(self) -> None:
         """The peer of this leg reads slowly: stop reading at the other."""
         if self._other is not None and self._other.transport is not None:
             self._other.transport.pause_reading()
+        if self._stall is not None and self.transport is not None:
+            waiting = self.transport.get_write_buffer_size()
+            self._watch_progress(self._stall.total_seconds(), waiting)
 
     def resume_writing(self) -> None:
         """It reads again."""
+        self._stop_watching()
         transport = None if self._other is None else self._other.transport
         if transport is not None and not transport.is_closing():
             transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the other leg too; what it still has to send is sent."""
-        self._lost = True
-        self.on_closed()
-        if self._other is not None and self._other.transport is not None:
-            self._other.transport.close()
+        self._stop_watching()
+        if self._opening is not None:
+            self._opening.abandon(ConnectionAbortedError("the client has left"))
+        self._on_closed()
+        if self._other is not None:
+            self._other.finish()
+        self._on_closed = lambda: None  # it holds the peer, and we must not
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    @property
+    def ssl_object(self) -> Any:
+        """The TLS connection, once its handshake is done."""
+        return None if self.transport is None else self.transport.get_extra_info("ssl_object")
+
+    def pair(self) -> "list[Leg]":
+        """This leg, and the one it is joined to."""
+        return [self] if self._other is None else [self, self._other]
+
+    def finish(self) -> None:
+        """Close when everything is sent, and soon in any case: a peer may never read it."""
+        if self.transport is None:
+            return
+        self.transport.close()
+        if self.transport.get_write_buffer_size():
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(LINGER_SECONDS, self.transport.abort)
+            self.closed.add_done_callback(lambda _: timer.cancel())
 
     def close(self) -> None:
         """Cut this leg, and with it the other."""
         if self.transport is not None:
             self.transport.abort()
 
+    def _watch_progress(self, seconds: float, waiting: int) -> None:
+        """Come back later, and cut the peer if it has taken none of *waiting* bytes."""
+
+        def look() -> None:
+            left = self.transport.get_write_buffer_size() if self.transport else 0
+            if left >= waiting:
+                self.close()
+            else:
+                self._watch_progress(seconds, left)
+
+        self._stop_watching()
+        self._stalled = asyncio.get_running_loop().call_later(seconds, look)
+
+    def _stop_watching(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
 
 def join(one: Leg, two: Leg) -> None:
     """Make *one* and *two* a pair and pass on what came early."""
     one._other, two._other = two, one
     for leg, other in ((one, two), (two, one)):
-        if leg._lost:
+        if leg.closed.done():
             other.close()
-        elif other.transport is not None:
-            for data in leg._early:
-                other.transport.write(data)
+        elif other.transport is not None and leg.transport is not None:
+            leg.transport.resume_reading()
+            other.transport.write(bytes(leg._early))
             leg._early.clear()
+
+
+def notice_dead_peer(connection: socket.socket) -> None:
+    """Let the kernel end a TCP *connection* whose other machine is gone, in about 30 s."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_NODELAY, 1),
+        (socket.TCP_KEEPIDLE, 15),
+        (socket.TCP_KEEPINTVL, 5),
+        (socket.TCP_KEEPCNT, 3),
+        (socket.TCP_USER_TIMEOUT, 30_000),
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
