@@ -40,7 +40,7 @@ def test_the_current_serial_counts() -> None:
 
 
 def test_the_new_serial_counts_and_says_so() -> None:
-    """After a renewal both serials count; the new one's first use activates it (SEC-54)."""
+    """After a renewal both serials count; first use of the new one activates it."""
     renewed = an_agent(new_serial="1002", new_expires_at=LATER)
     assert checked(renewed) is AgentCheck.ALLOWED
     assert checked(renewed, serial="1002") is AgentCheck.ACTIVATES_NEW
