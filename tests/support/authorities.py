@@ -38,6 +38,7 @@ _MAKERS: dict[str, Any] = {
     "brainpool": lambda: ec.generate_private_key(ec.BrainpoolP256R1()),
     "rsa1024": lambda: rsa.generate_private_key(65537, 1024),  # noqa: S505 - to be refused
     "rsa2048": lambda: rsa.generate_private_key(65537, 2048),
+    "rsa4096": lambda: rsa.generate_private_key(65537, 4096),
     "rsa-e3": lambda: rsa.generate_private_key(3, 2048),
     "ed25519": ed25519.Ed25519PrivateKey.generate,
     "ed448": ed448.Ed448PrivateKey.generate,
