@@ -1,0 +1,198 @@
+"""All attestors together: limits, failures, and a process that must live throughout."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import ClassVar
+
+import pytest
+
+from spiffe_core.errors import ErrorKind, NotReadyError
+from spiffe_core.selector import Selector, SelectorSet
+from spiffe_wire.frontdoor.peer import PeerGoneError, UnixPeer
+from tests.support.children import a_child
+from workload_api.attestors.protocol import AttestationError
+from workload_api.attestors.registry import Attestation
+
+
+class Fake:
+    """An attestor that does what it is told."""
+
+    type: ClassVar[str] = "fake"
+
+    def __init__(self, does: Callable[[UnixPeer], Awaitable[SelectorSet]], type_: str) -> None:
+        self.attest = does
+        self.type = type_  # type: ignore[misc]
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def knows(*texts: str, type_: str = "good") -> Fake:
+    """One that learns *texts* of everybody."""
+
+    async def attest(_: UnixPeer) -> SelectorSet:
+        return frozenset(Selector.parse(text) for text in texts)
+
+    return Fake(attest, type_)
+
+
+def fails(error: Exception, type_: str = "bad") -> Fake:
+    """One that fails with *error*."""
+
+    async def attest(_: UnixPeer) -> SelectorSet:
+        raise error
+
+    return Fake(attest, type_)
+
+
+def hangs(type_: str = "slow") -> Fake:
+    """One that never answers."""
+
+    async def attest(_: UnixPeer) -> SelectorSet:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    return Fake(attest, type_)
+
+
+SOON = timedelta(milliseconds=50)
+
+
+async def test_what_all_of_them_learn() -> None:
+    """The selectors of every attestor together are what is known of a process."""
+    with a_child() as child:
+        attestation = Attestation([knows("a:1", "a:2"), knows("b:1", type_="other")])
+        found = await attestation.attest(child.peer())
+    assert found.selectors == {Selector("a", "1"), Selector("a", "2"), Selector("b", "1")}
+    assert not found.partial
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        (fails(AttestationError("the kubelet does not answer")), "the kubelet does not answer"),
+        (fails(ZeroDivisionError("secret")), "failed; the log says why"),
+        (fails(OSError(5, "secret")), "failed; the log says why"),
+        (hangs("bad"), "took too long"),
+    ],
+)
+async def test_sec_35_one_fails(broken: Fake, why: str) -> None:
+    """SEC-35: one that fails, breaks or hangs costs its own selectors, and says so."""
+    with a_child() as child:
+        found = await Attestation([knows("a:1"), broken], timeout=SOON).attest(child.peer())
+    assert found.selectors == {Selector("a", "1")}
+    assert found.partial == {"bad": why}
+
+
+async def test_sec_35_all_fail() -> None:
+    """SEC-35, WEP-19: when nobody can vouch the caller may try again; it is not denied."""
+    attestation = Attestation([fails(AttestationError("no")), hangs()], timeout=SOON)
+    with a_child() as child:
+        with pytest.raises(NotReadyError, match="attestation failed: bad: no; slow: took too"):
+            await attestation.attest(child.peer())
+    assert NotReadyError.kind is ErrorKind.NOT_READY
+
+
+async def test_sec_35_an_attestor_that_knows_nothing() -> None:
+    """SEC-35: "not one of mine" is an answer: nothing is partial about it."""
+    with a_child() as child:
+        found = await Attestation([knows()]).attest(child.peer())
+    assert not found.selectors and not found.partial
+
+
+async def test_sec_31_a_process_that_ends_meanwhile() -> None:
+    """SEC-31: selectors that were read of a process that has ended since are not used."""
+    with a_child() as child:
+
+        async def attest(_: UnixPeer) -> SelectorSet:
+            child.end()
+            return frozenset({Selector("a", "1")})
+
+        with pytest.raises(PeerGoneError):
+            await Attestation([Fake(attest, "good")]).attest(child.peer())
+
+
+async def test_32_at_once_and_no_more() -> None:
+    """SEC-80: 32 are attested at once, of however many, and all get their answer."""
+    inside, most, go = 0, 0, asyncio.Event()
+
+    async def attest(_: UnixPeer) -> SelectorSet:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        await go.wait()
+        inside -= 1
+        return frozenset({Selector("a", "1")})
+
+    attestation = Attestation([Fake(attest, "good")])
+    with a_child() as child:
+        calls = [
+            asyncio.create_task(attestation.attest(child.peer(uid=uid))) for uid in range(100)
+        ]
+        await asyncio.sleep(0.05)
+        assert inside == most == 32
+        go.set()
+        answers = await asyncio.gather(*calls)
+    assert most == 32 and len(answers) == 100 and attestation.slots.held == 0
+
+
+async def test_sec_81_one_user_does_not_starve_another() -> None:
+    """SEC-81: with a thousand calls of one user that hang, another is answered at once."""
+
+    async def attest(peer: UnixPeer) -> SelectorSet:
+        if peer.uid == 1:
+            await asyncio.Event().wait()
+        return frozenset({Selector("a", "1")})
+
+    attestation = Attestation([Fake(attest, "good")], timeout=timedelta(seconds=5))
+    with a_child() as child:
+        greedy = [
+            asyncio.create_task(attestation.attest(child.peer(uid=1))) for _ in range(1000)
+        ]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(1):
+            assert (await attestation.attest(child.peer(uid=2))).selectors
+        for task in greedy:
+            task.cancel()
+        await asyncio.gather(*greedy, return_exceptions=True)
+    assert attestation.slots.held == 0
+
+
+async def test_waiting_counts_as_time() -> None:
+    """SEC-80: five seconds are the limit with the waiting in them, and then: try again."""
+    attestation = Attestation([hangs()], timeout=SOON)
+    with a_child() as child:
+        peer = child.peer()
+        calls = [asyncio.create_task(attestation.attest(peer)) for _ in range(100)]
+        async with asyncio.timeout(2):
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+    texts = {str(one) for one in answers}
+    assert all(isinstance(one, NotReadyError) for one in answers)
+    assert texts == {
+        "workload attestation failed: slow: took too long",
+        "too many processes are being attested; try again",
+    }
+
+
+async def test_a_caller_who_goes_away_frees_his_slot() -> None:
+    """A call that is cancelled while it is attested, or while it waits, holds nothing."""
+    attestation = Attestation([hangs()])
+    with a_child() as child:
+        calls = [
+            asyncio.create_task(attestation.attest(child.peer(uid=uid))) for uid in range(50)
+        ]
+        await asyncio.sleep(0.01)
+        assert attestation.slots.held == 32
+        for task in calls:
+            task.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+    assert attestation.slots.held == 0
+
+
+def test_closing_closes_all() -> None:
+    """The agent's end is told to every attestor."""
+    fakes = [knows(), knows(type_="other")]
+    Attestation(fakes).close()
+    assert all(one.closed for one in fakes)
