@@ -15,7 +15,7 @@ from spiffe_core.errors import MalformedError
 from spiffe_core.keys import (
     KeyRefusedError,
     check_certificate_size,
-    check_public_key,
+    key_of_certificate,
     key_of_spki,
     subject_key_id_of,
 )
@@ -58,7 +58,7 @@ class X509Authority:
             validity = Validity(
                 certificate.not_valid_before_utc, certificate.not_valid_after_utc
             )
-            key = check_public_key(certificate.public_key())
+            key = key_of_certificate(certificate)
         except KeyRefusedError as error:
             raise AuthorityError(f"an authority's {error}") from error
         except x509.ExtensionNotFound as error:

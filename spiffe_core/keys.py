@@ -62,7 +62,26 @@ def key_of_spki(der: bytes) -> PublicKeyTypes:
         key = serialization.load_der_public_key(der)
     except Exception as error:
         raise KeyRefusedError("not a DER public key (SubjectPublicKeyInfo)") from error
-    return check_public_key(key)
+    return _check_encoding(check_public_key(key), der)
+
+
+def key_of_certificate(certificate: x509.Certificate) -> PublicKeyTypes:
+    """
+    Return the key of *certificate* if it may have it (SEC-15).
+
+    Raises:
+        KeyRefusedError: see `check_public_key`; or its curve is spelled out, not named.
+    """
+    key = check_public_key(certificate.public_key())
+    return _check_encoding(key, certificate.tbs_certificate_bytes)
+
+
+def _check_encoding(key: PublicKeyTypes, encoded: bytes) -> PublicKeyTypes:
+    # The library reads the parameters of a curve it knows as if they were its name; other
+    # readers have been made to trust parameters that only look alike (CVE-2020-0601).
+    if isinstance(key, ec.EllipticCurvePublicKey) and spki_of(key) not in encoded:
+        raise KeyRefusedError("EC keys must name their curve and give their whole point")
+    return key
 
 
 def check_public_key(key: PublicKeyTypes) -> PublicKeyTypes:

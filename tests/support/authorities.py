@@ -46,9 +46,13 @@ _MAKERS: dict[str, Any] = {
 }
 
 
-@cache
 def a_key(kind: str = "p256", which: str = "") -> Any:
     """A private key; the same one for the same arguments, as making RSA keys takes long."""
+    return _key(kind, which)
+
+
+@cache
+def _key(kind: str, which: str) -> Any:
     return _MAKERS[kind]()
 
 
