@@ -101,3 +101,16 @@ def _reason_of(error: grpc.aio.AioRpcError) -> DenialReason | None:
                 known = set(DenialReason)
                 return DenialReason(denied.reason) if denied.reason in known else None
     return None
+
+
+# How grpcio's own words begin when no answer came; a server's words are its own.
+_NO_ANSWER: Final = (
+    "failed to connect", "connections to all backends", "Socket closed", "recvmsg:", "sendmsg:",
+    "Stream removed", "Connection reset", "Broken pipe", "GOAWAY", "Endpoint closing",
+)  # fmt: skip
+
+
+def never_answered(error: grpc.aio.AioRpcError) -> bool:
+    """True when nobody answered, so that UNAVAILABLE is no server's word."""
+    said = error.details() or ""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and said.startswith(_NO_ANSWER)

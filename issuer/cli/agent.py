@@ -3,14 +3,15 @@
 import argparse
 from typing import Any
 
-from issuer.cli.calls import DONE, call, explained
-from issuer.cli.output import message, relative, spiffe_id, table
-from issuer.cli.output import show as print_value
+from issuer.cli.calls import call
+from issuer.cli.entry import selector_match
 from spiffe_core.spiffeid import SpiffeId
+from spiffe_wire.commandline import DONE, explained, message, relative, show, spiffe_id, table
 from spiffe_wire.convert.entry import id_to_wire
 from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2, agent_pb2_grpc
 
 PAGE = 1000
+_TITLES = ("SPIFFE ID", "TYPE", "SVID EXPIRES", "STATE", "VERSION")
 
 
 def token(arguments: argparse.Namespace) -> int:
@@ -25,18 +26,22 @@ def token(arguments: argparse.Namespace) -> int:
 
     answer = call(arguments.socket, ask)
     # The one place where the secret is shown: to whoever asked for it.
-    print_value(message(answer), arguments.output, f"Token: {answer.value}")
+    show(message(answer), arguments.output, f"Token: {answer.value}")
     return DONE
 
 
 def show_all(arguments: argparse.Namespace) -> int:
     """List agents."""
+    wanted = agent_pb2.ListAgentsRequest.Filter()
+    _fill(wanted, arguments)
 
     async def ask(channel: Any) -> list[Any]:
         found: list[Any] = []
         page = ""
         while True:
-            request = agent_pb2.ListAgentsRequest(page_size=PAGE, page_token=page)
+            request = agent_pb2.ListAgentsRequest(
+                filter=wanted, page_size=PAGE, page_token=page
+            )
             answer = await agent_pb2_grpc.AgentStub(channel).ListAgents(request)
             found += answer.agents
             page = answer.next_page_token
@@ -45,55 +50,62 @@ def show_all(arguments: argparse.Namespace) -> int:
 
     found = call(arguments.socket, ask)
     if arguments.output != "text":
-        print_value({"agents": [message(one) for one in found]}, arguments.output)
+        show({"agents": [message(one) for one in found]}, arguments.output)
     elif not found:
-        print("no agent has attested yet: `issuer token generate` makes a token for one")
+        show(None, "text", "no agent found: `issuer token generate` makes a token for one")
     else:
-        table(
-            ("SPIFFE ID", "TYPE", "SVID EXPIRES", "STATE", "VERSION"),
-            [_row(one) for one in found],
-        )
+        table(_TITLES, [_row(one) for one in found])
     return DONE
 
 
 def count(arguments: argparse.Namespace) -> int:
     """Count agents."""
+    request = agent_pb2.CountAgentsRequest()
+    _fill(request.filter, arguments)
 
     async def ask(channel: Any) -> Any:
-        request = agent_pb2.CountAgentsRequest()
         return await agent_pb2_grpc.AgentStub(channel).CountAgents(request)
 
     answer = call(arguments.socket, ask)
-    print_value(message(answer), arguments.output, f"{answer.count} agents")
+    show(message(answer), arguments.output, f"{answer.count} agents")
     return DONE
 
 
-def show(arguments: argparse.Namespace) -> int:
+def show_one(arguments: argparse.Namespace) -> int:
     """Show one agent."""
     answer = _one(arguments, "GetAgent", agent_pb2.GetAgentRequest)
     if arguments.output != "text":
-        print_value(message(answer), arguments.output)
+        show(message(answer), arguments.output)
     else:
-        table(("SPIFFE ID", "TYPE", "SVID EXPIRES", "STATE", "VERSION"), [_row(answer)])
+        table(_TITLES, [_row(answer)])
     return DONE
 
 
 def ban(arguments: argparse.Namespace) -> int:
     """Ban an agent."""
     _one(arguments, "BanAgent", agent_pb2.BanAgentRequest)
-    print_value(
-        {"banned": arguments.spiffe_id}, arguments.output, f"banned {arguments.spiffe_id}"
-    )
+    one = arguments.spiffe_id
+    show({"banned": one}, arguments.output, f"banned {one}; `issuer agent evict` lifts it")
     return DONE
 
 
 def evict(arguments: argparse.Namespace) -> int:
     """Evict an agent."""
     _one(arguments, "DeleteAgent", agent_pb2.DeleteAgentRequest)
-    print_value(
-        {"evicted": arguments.spiffe_id}, arguments.output, f"evicted {arguments.spiffe_id}"
-    )
+    one = arguments.spiffe_id
+    show(
+        {"evicted": one}, arguments.output,
+        f"evicted {one}; to come back it needs a new token: `issuer token generate`",
+    )  # fmt: skip
     return DONE
+
+
+def _fill(wanted: Any, arguments: argparse.Namespace) -> None:
+    wanted.by_attestation_type = arguments.type
+    if arguments.banned:
+        wanted.by_banned.value = arguments.banned == "true"
+    if arguments.selector:
+        selector_match(wanted.by_selector_match, arguments)
 
 
 def _one(arguments: argparse.Namespace, method: str, request: Any) -> Any:
@@ -103,7 +115,7 @@ def _one(arguments: argparse.Namespace, method: str, request: Any) -> Any:
     async def ask(channel: Any) -> Any:
         return await getattr(agent_pb2_grpc.AgentStub(channel), method)(request(id=wanted))
 
-    return call(arguments.socket, ask)
+    return call(arguments.socket, ask, if_missing=": `issuer agent list` shows who is there")
 
 
 def _row(one: Any) -> tuple[str, ...]:

@@ -1,22 +1,22 @@
 """``issuer bundle``: ours, and foreign ones that were exchanged by hand."""
 
 import argparse
-import sys
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from issuer.cli.calls import DONE, REFUSED, CommandError, call, explained, say
-from issuer.cli.output import message
-from issuer.cli.output import show as print_value
+from issuer.cli.calls import answered, call
+from issuer.cli.entry_file import read_input
 from spiffe_core.authority import X509Authority
 from spiffe_core.bundle import Bundle
 from spiffe_core.bundle_document import bundle_from_document, bundle_to_document
 from spiffe_core.pem import certificates_from_pem, certificates_to_pem
 from spiffe_core.spiffeid import TrustDomain
+from spiffe_wire.commandline import DONE, REFUSED, explained, message
+from spiffe_wire.commandline import show as print_value
 from spiffe_wire.convert.bundle import bundle_from_wire, bundle_to_wire
 from spiffe_wire.pb.spire.api.server.bundle.v1 import bundle_pb2, bundle_pb2_grpc
 
-_MODES = {"restrict": 0, "delete": 1, "dissociate": 2}
+MAX_BYTES: Final = 4 * 1024 * 1024
+_MODES: Final = {"restrict": 0, "delete": 1, "dissociate": 2}
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -27,39 +27,39 @@ def show(arguments: argparse.Namespace) -> int:
             bundle_pb2.GetBundleRequest()
         )
 
-    _print(call(arguments.socket, ask), arguments)
+    answer = call(arguments.socket, ask)
+    print_value(message(answer), arguments.output, _text(answer, arguments.format))
     return DONE
 
 
 def list_foreign(arguments: argparse.Namespace) -> int:
     """Print foreign bundles."""
+    wanted = _domain(arguments).name if arguments.id else ""
 
     async def ask(channel: Any) -> list[Any]:
         stub = bundle_pb2_grpc.BundleStub(channel)
-        if arguments.id:
-            request = bundle_pb2.GetFederatedBundleRequest(trust_domain=arguments.id)
+        if wanted:
+            request = bundle_pb2.GetFederatedBundleRequest(trust_domain=wanted)
             return [await stub.GetFederatedBundle(request)]
         answer = await stub.ListFederatedBundles(bundle_pb2.ListFederatedBundlesRequest())
         return list(answer.bundles)
 
-    found = call(arguments.socket, ask)
-    if arguments.output != "text":
-        print_value({"bundles": [message(one) for one in found]}, arguments.output)
-        return DONE
-    if not found:
-        print("no foreign bundle: `issuer bundle set` adds one")
-    for one in found:
-        print(f"# {one.trust_domain}")
-        _print(one, arguments)
+    found = call(
+        arguments.socket, ask, if_missing=": `issuer bundle list` shows which are there"
+    )
+    lines = [f"# {one.trust_domain}\n{_text(one, arguments.format)}" for one in found]
+    print_value(
+        {"bundles": [message(one) for one in found]}, arguments.output,
+        "\n".join(lines) or "no foreign bundle: `issuer bundle set` adds one",
+    )  # fmt: skip
     return DONE
 
 
 def set_foreign(arguments: argparse.Namespace) -> int:
     """Add or replace a foreign bundle."""
-    data = _read(arguments.path)
-    with explained("--id"):
-        trust_domain = TrustDomain.parse(arguments.id)
-    with explained(arguments.path):
+    trust_domain = _domain(arguments)
+    data = read_input(arguments.path, MAX_BYTES)
+    with explained(arguments.path, REFUSED):
         if arguments.format == "pem":
             ders = certificates_from_pem(data.decode("ascii", "replace"))
             bundle = Bundle(trust_domain, tuple(X509Authority.parse(der) for der in ders))
@@ -75,40 +75,43 @@ def set_foreign(arguments: argparse.Namespace) -> int:
 
 def delete(arguments: argparse.Namespace) -> int:
     """Remove a foreign bundle."""
+    trust_domain = _domain(arguments)
 
     async def ask(channel: Any) -> Any:
         request = bundle_pb2.BatchDeleteFederatedBundleRequest(
-            trust_domains=[arguments.id], mode=_MODES[arguments.mode]
+            trust_domains=[trust_domain.name], mode=_MODES[arguments.mode]
         )
         return await bundle_pb2_grpc.BundleStub(channel).BatchDeleteFederatedBundle(request)
 
-    return _report(call(arguments.socket, ask), f"bundle of {arguments.id} deleted", arguments)
+    return _report(call(arguments.socket, ask), f"bundle of {trust_domain} deleted", arguments)
 
 
-def _print(one: Any, arguments: argparse.Namespace) -> None:
-    if arguments.output != "text":
-        print_value(message(one), arguments.output)
-        return
-    bundle = bundle_from_wire(one)
-    if arguments.format == "pem":
-        print(certificates_to_pem([each.der for each in bundle.x509_authorities]), end="")
-    else:
-        print(bundle_to_document(bundle).decode())
+def count(arguments: argparse.Namespace) -> int:
+    """Count bundles."""
 
+    async def ask(channel: Any) -> Any:
+        request = bundle_pb2.CountBundlesRequest()
+        return await bundle_pb2_grpc.BundleStub(channel).CountBundles(request)
 
-def _report(answer: Any, text: str, arguments: argparse.Namespace) -> int:
-    (result,) = answer.results
-    if result.status.code:
-        say(result.status.message)
-        return REFUSED
-    print_value(message(answer), arguments.output, text)
+    answer = call(arguments.socket, ask)
+    print_value(message(answer), arguments.output, f"{answer.count} bundles")
     return DONE
 
 
-def _read(path: str) -> bytes:
-    if path == "-":
-        return sys.stdin.buffer.read()
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise CommandError(f"cannot read {path}: {error.strerror}") from error
+def _domain(arguments: argparse.Namespace) -> TrustDomain:
+    with explained("--id"):
+        return TrustDomain.parse(arguments.id)
+
+
+def _text(one: Any, form: str) -> str:
+    bundle = bundle_from_wire(one)
+    if form == "pem":
+        return certificates_to_pem([each.der for each in bundle.x509_authorities]).rstrip()
+    return bundle_to_document(bundle).decode()
+
+
+def _report(answer: Any, text: str, arguments: argparse.Namespace) -> int:
+    return answered(
+        answer, arguments.output,
+        lambda one: one.status.message if one.status.code else text,
+    )  # fmt: skip

@@ -2,98 +2,94 @@
 
 import asyncio
 import os
-import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
-DONE: Final = 0
-REFUSED: Final = 1
-USAGE: Final = 2
-UNREACHABLE: Final = 3
+from spiffe_wire.commandline import DONE, REFUSED, UNREACHABLE, CommandError, message, say, show
+
+__all__ = ["CommandError", "answered", "call"]
+
+PATIENCE: Final = 60.0
+"""Seconds for everything a command asks; a server that is well takes milliseconds."""
 
 _T = TypeVar("_T")
 
 
-class CommandError(Exception):
-    """A command cannot go on; the text says what to do next."""
-
-    def __init__(self, text: str, code: int = REFUSED) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-def guarded(run: Callable[[], int]) -> int:
-    """Run a command; print what went wrong, and return its exit code."""
-    from spiffe_core.errors import SpiffeError
-
-    try:
-        return run()
-    except CommandError as error:
-        say(str(error))
-        return error.code
-    except SpiffeError as error:
-        say(str(error))
-        return REFUSED
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of our output left; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-
-
-def say(text: str) -> None:
-    """Say what went wrong, on standard error, in red on a terminal."""
-    if sys.stderr.isatty():
-        text = f"\x1b[31m{text}\x1b[0m"
-    print(text, file=sys.stderr)
-
-
-def call(socket: str, ask: Callable[[Any], Awaitable[_T]], what: str = "server") -> _T:
+def call(
+    path: str,
+    ask: Callable[[Any], Awaitable[_T]],
+    what: str = "server",
+    *,
+    if_missing: str = "",
+) -> _T:
     """
-    Run *ask* on a channel to the admin socket at *socket*.
+    Run *ask* on a channel to the admin socket at *path*.
+
+    *if_missing* says what to do when what was asked for is not there.
 
     Raises:
         CommandError: nobody is there, or the answer is no.
     """
     import grpc
 
-    async def ask_it() -> _T:
-        if not os.path.exists(socket):
-            raise CommandError(_not_there(socket, what), UNREACHABLE)
-        async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
-            return await ask(channel)
+    from spiffe_wire.status import never_answered
 
+    async def ask_it() -> _T:
+        async with grpc.aio.insecure_channel(f"unix:{os.path.abspath(path)}") as channel:
+            return await asyncio.wait_for(ask(channel), PATIENCE)
+
+    problem = _unreachable(path, what)
+    if problem:
+        raise CommandError(problem, UNREACHABLE)
     try:
         return asyncio.run(ask_it())
+    except TimeoutError as error:
+        text = f"the {what} at {path} does not answer within {PATIENCE:g} s: see its log"
+        raise CommandError(text, UNREACHABLE) from error
     except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
-            raise CommandError(_not_there(socket, what), UNREACHABLE) from error
-        raise CommandError(error.details() or error.code().name) from error
+        if never_answered(error):
+            text = (
+                f"the {what} at {path} closed the connection: it is stopping, or uid "
+                f"{os.geteuid()} is not among its admin_uids"
+            )
+            raise CommandError(_unreachable(path, what) or text, UNREACHABLE) from error
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            raise CommandError(f"the {what} at {path} does not offer this") from error
+        hint = if_missing if error.code() is grpc.StatusCode.NOT_FOUND else ""
+        raise CommandError((error.details() or error.code().name) + hint) from error
 
 
-def _not_there(socket: str, what: str) -> str:
+def answered(answer: Any, style: str, text_of: Callable[[Any], str]) -> int:
+    """
+    Print the answer to a batch, and return the exit code: refused when any item was.
+
+    The code is the same in every output style; refusals go to standard error as well.
+    """
+    if style != "text":
+        show(message(answer), style)
+    refused = 0
+    for one in answer.results:
+        if one.status.code:
+            refused += 1
+            say(text_of(one))
+        elif style == "text":
+            show(None, style, text_of(one))
+    return REFUSED if refused else DONE
+
+
+def _unreachable(path: str, what: str) -> str:
+    """Say why nobody can be reached at *path*; empty when somebody can."""
     flag = "--socket" if what == "server" else "--agent-socket"
-    if os.path.exists(socket) and not os.access(socket, os.W_OK):
-        return f"not allowed to use {socket}: run as the {what}'s user, or as root"
-    return (
-        f"no {what} answers at {socket}: is it running? name its admin socket with {flag}, "
-        "or start a trust domain with `issuer dev`"
-    )
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """
-    Turn a parse error into wrong usage of the argument *what*.
-
-    Raises:
-        CommandError: with exit code 2.
-    """
-    from spiffe_core.errors import MalformedError
-
-    try:
-        yield
-    except MalformedError as error:
-        raise CommandError(f"{what}: {error}", USAGE) from error
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(5)
+        try:
+            probe.connect(path)
+        except PermissionError:
+            return f"not allowed to use {path}: run as the {what}'s user, or as root"
+        except (OSError, ValueError):
+            return (
+                f"no {what} answers at {path}: is it running? name its admin socket with "
+                f"{flag}, or start a trust domain with `issuer dev`"
+            )
+    return ""

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from issuer.cli.calls import DONE, REFUSED, CommandError, call, say
-from issuer.cli.output import show, table
+from issuer.cli.calls import call
+from issuer.cli.database import schema_of
 from issuer.cli.server import settings_of
 from issuer.config import ServerSettings
 from spiffe_core.errors import SpiffeError
+from spiffe_wire.commandline import DONE, REFUSED, CommandError, say, show, table
 from spiffe_wire.frontdoor import kernel
 from spiffe_wire.pb.grpc.health.v1 import health_pb2, health_pb2_grpc
 from spiffe_wire.pb.spiffe_issuer.v1 import agentadmin_pb2, agentadmin_pb2_grpc
@@ -76,6 +77,8 @@ def _findings(arguments: argparse.Namespace) -> Iterator[Finding]:
         else:
             yield Finding("settings", GOOD, f"trust domain {settings.trust_domain}")
             yield from _places(settings)
+            yield from _database(settings)
+            yield _port(settings)
     yield _answer("server", arguments.socket, _ask_server)
     yield _answer("agent", arguments.agent_socket, _ask_agent)
 
@@ -129,7 +132,21 @@ def _places(settings: ServerSettings) -> Iterator[Finding]:
             yield Finding(
                 name, verdict, f"{folder}, {free} MiB free", "" if free > 200 else "free some"
             )
-    yield _port(settings)
+
+
+def _database(settings: ServerSettings) -> Iterator[Finding]:
+    if not settings.database.exists():
+        return  # the finding of its folder says enough
+    try:
+        found = schema_of(settings)
+    except CommandError as error:
+        yield Finding("database", BAD, str(settings.database), str(error))
+        return
+    if found.is_current:
+        yield Finding("database", GOOD, f"schema {found.current}")
+    else:
+        seen = f"schema {found.current or 'none'}, this release wants {found.wanted}"
+        yield Finding("database", WARN, seen, "the server upgrades it, or `issuer db upgrade`")
 
 
 def _port(settings: ServerSettings) -> Finding:

@@ -1,13 +1,26 @@
 """``issuer explain``: what was learnt, what matched, what nearly did, and what differs."""
 
 import argparse
-import sys
 from typing import Any
 
-from issuer.cli.calls import DONE, REFUSED, USAGE, CommandError, call, explained
-from issuer.cli.output import message, show, spiffe_id
+from issuer.cli.calls import call
 from spiffe_core.selector import Selector
 from spiffe_core.spiffeid import SpiffeId
+from spiffe_wire.commandline import (
+    DONE,
+    GREEN,
+    RED,
+    REFUSED,
+    USAGE,
+    YELLOW,
+    CommandError,
+    explained,
+    message,
+    paint,
+    plain,
+    show,
+    spiffe_id,
+)
 from spiffe_wire.convert.entry import id_to_wire
 from spiffe_wire.pb.spiffe_issuer.v1 import (
     agentadmin_pb2,
@@ -15,18 +28,23 @@ from spiffe_wire.pb.spiffe_issuer.v1 import (
     explain_pb2,
     explain_pb2_grpc,
 )
-from spiffe_wire.pb.spire.api.types import selector_pb2
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Explain a process or a set of selectors; exit 1 when there is no identity."""
     if (arguments.pid is None) == (not arguments.selectors):
         raise CommandError("give either --pid N or --selectors TYPE:VALUE…", USAGE)
+    if arguments.pid is not None and arguments.agent_id:
+        raise CommandError("--agent-id goes with --selectors: --pid asks the agent", USAGE)
     if arguments.pid is not None:
         answer = call(arguments.agent_socket, lambda ch: _process(ch, arguments.pid), "agent")
     else:
         request = _request_of(arguments)
-        answer = call(arguments.socket, lambda ch: _selectors(ch, request))
+        answer = call(
+            arguments.socket,
+            lambda ch: explain_pb2_grpc.ExplainStub(ch).ExplainSelectors(request),
+            if_missing=": `issuer agent list` shows who is there",
+        )
     if arguments.output == "text":
         _print(answer)
     else:
@@ -39,16 +57,12 @@ async def _process(channel: Any, pid: int) -> Any:
     return await agentadmin_pb2_grpc.AgentAdminStub(channel).ExplainProcess(request)
 
 
-async def _selectors(channel: Any, request: Any) -> Any:
-    return await explain_pb2_grpc.ExplainStub(channel).ExplainSelectors(request)
-
-
 def _request_of(arguments: argparse.Namespace) -> Any:
     request = explain_pb2.ExplainSelectorsRequest()
     with explained("--selectors"):
         for text in arguments.selectors:
             one = Selector.parse(text)
-            request.selectors.append(selector_pb2.Selector(type=one.type, value=one.value))
+            request.selectors.add(type=one.type, value=one.value)
     if arguments.agent_id:
         with explained("--agent-id"):
             request.agent_id.CopyFrom(id_to_wire(SpiffeId.parse(arguments.agent_id)))
@@ -56,29 +70,24 @@ def _request_of(arguments: argparse.Namespace) -> Any:
 
 
 def _print(answer: Any) -> None:
-    colour = sys.stdout.isatty()
-
-    def paint(code: int, text: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if colour else text
-
     if answer.HasField("process"):
-        process = answer.process
-        print(f"process {process.pid}, uid {process.uid}, gid {process.gid}, {process.path}")
+        one = answer.process
+        print(f"process {one.pid}, uid {one.uid}, gid {one.gid}, {plain(one.path)}")
     if answer.reason == "attestation_failed":
-        print(paint(31, answer.text))
+        print(paint(RED, f"no identity: {plain(answer.text)}"))
         return
     print("learnt")
     for one in answer.selectors:
-        print(f"  {one.type}:{one.value}")
+        print(f"  {plain(one.type)}:{plain(one.value)}")
     for one in answer.partial:
-        print(paint(33, f"  {one.attestor} could not vouch: {one.reason}"))
+        print(paint(YELLOW, f"  {plain(one.attestor)} could not vouch: {plain(one.reason)}"))
     for entry in answer.matched:
-        print(paint(32, f"gets    {spiffe_id(entry.spiffe_id)}") + f"  (entry {entry.id})")
+        print(paint(GREEN, f"gets    {spiffe_id(entry.spiffe_id)}") + f"  (entry {entry.id})")
     if not answer.matched:
-        print(paint(31, _why_not(answer)))
+        print(paint(RED, _why_not(answer)))
     for miss in answer.near_misses[:3]:
         print(f"nearly  {spiffe_id(miss.entry.spiffe_id)}  (entry {miss.entry.id})")
-        print(paint(33, f"        {miss.difference}"))
+        print(paint(YELLOW, f"        {plain(miss.difference)}"))
     if not answer.matched and answer.reason in ("no_match", "no_entries"):
         print("to give it one: issuer entry create --spiffe-id … --parent-id … --selector …")
 

@@ -10,18 +10,21 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from issuer.cli.calls import DONE, CommandError, call, explained, say
-from issuer.cli.output import message, show
+from issuer.cli.calls import call
 from spiffe_core.entry import check_dns_name
 from spiffe_core.pem import certificates_to_pem, private_key_to_pem
 from spiffe_core.spiffeid import SpiffeId
+from spiffe_wire.commandline import DONE, CommandError, explained, message, say, show
 from spiffe_wire.convert.entry import id_to_wire
 from spiffe_wire.pb.spire.api.server.bundle.v1 import bundle_pb2, bundle_pb2_grpc
 from spiffe_wire.pb.spire.api.server.svid.v1 import svid_pb2, svid_pb2_grpc
 
+SLACK_SECONDS = 5
+"""The server's clock, and its rounding, may differ by this much from what was asked."""
+
 
 def x509_svid(arguments: argparse.Namespace) -> int:
-    """Mint an X509-SVID; the key is made here and never leaves this machine."""
+    """Mint an X509-SVID; the key is made here, and the server never sees it."""
     with explained("--spiffe-id"):
         spiffe_id = SpiffeId.parse(arguments.spiffe_id)
     with explained("--dns"):
@@ -55,13 +58,18 @@ def x509_svid(arguments: argparse.Namespace) -> int:
         "key.pem": private_key_to_pem(pkcs8),
         "bundle.pem": certificates_to_pem([one.asn1 for one in bundle.x509_authorities]),
     }
-    if arguments.ttl and answer.svid.expires_at < time.time() + arguments.ttl - 5:
-        say("the SVID lives shorter than asked: the server's cap or its authority ends first")
+    _say_if_shorter(answer.svid, arguments.ttl)
+    facts = {"spiffe_id": spiffe_id.uri, "expires_at": answer.svid.expires_at}
     if arguments.write:
-        _write(Path(arguments.write), texts)
-        print(f"wrote {', '.join(texts)} to {arguments.write}")
+        folder = Path(arguments.write)
+        _write(folder, texts)
+        written = [str(folder / name) for name in texts]
+        text = f"wrote {', '.join(texts)} to {folder}"
+        show({**facts, "written": written}, arguments.output, text)
         return DONE
-    show(message(answer), arguments.output, "\n".join(texts.values()).rstrip())
+    # SPIRE's names; on standard output, since the key is nowhere else.
+    facts["x509_svid"], facts["private_key"], facts["root_cas"] = texts.values()
+    show(facts, arguments.output, "\n".join(texts.values()).rstrip())
     return DONE
 
 
@@ -77,19 +85,29 @@ def jwt(arguments: argparse.Namespace) -> int:
         return await svid_pb2_grpc.SVIDStub(channel).MintJWTSVID(request)
 
     answer = call(arguments.socket, ask)
+    _say_if_shorter(answer.svid, arguments.ttl)
     show(message(answer), arguments.output, answer.svid.token)
     return DONE
 
 
+def _say_if_shorter(svid: Any, ttl: int) -> None:
+    if ttl and svid.expires_at < time.time() + ttl - SLACK_SECONDS:
+        say("the SVID lives shorter than asked: the server's cap or its authority ends first")
+
+
 def _write(folder: Path, texts: dict[str, str]) -> None:
+    """Each file appears whole, with its mode; a file or link in the way is replaced."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name, text in texts.items():
+        for name in ("key.pem", "svid.pem", "bundle.pem"):  # no certificate lacks its key
             new = folder / f".{name}.new"
+            new.unlink(missing_ok=True)
             mode = 0o600 if name == "key.pem" else 0o644
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             with os.fdopen(os.open(new, flags, mode), "w") as file:
-                file.write(text)
+                file.write(texts[name])
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(new, folder / name)
     except OSError as error:
         raise CommandError(f"cannot write to {folder}: {error.strerror}") from error

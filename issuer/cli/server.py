@@ -1,4 +1,4 @@
-"""``issuer server run``, ``config``, ``db``, ``completion``."""
+"""``issuer server run``, ``config``, ``completion``."""
 
 import argparse
 import json
@@ -6,9 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from issuer.cli.calls import DONE, REFUSED, CommandError
-from issuer.cli.output import show
 from issuer.config import ROLE, ServerSettings
+from spiffe_wire.commandline import DONE, CommandError, completion_script, show
 from spiffe_wire.settings import example as example_of
 from spiffe_wire.settings import json_schema, load
 
@@ -23,10 +22,11 @@ def settings_of(arguments: argparse.Namespace) -> ServerSettings:
     """
     try:
         text = Path(arguments.config).read_text()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise CommandError(
-            f"cannot read {arguments.config}: {error.strerror}; `issuer config example` "
-            "prints one to start from"
+            f"cannot read {arguments.config}: {why}; `issuer config example` prints one to "
+            "start from"
         ) from error
     return load(ServerSettings, text, os.environ, ROLE)
 
@@ -41,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
 def validate(arguments: argparse.Namespace) -> int:
     """Check a settings file."""
     settings_of(arguments)
-    print(f"{arguments.config} is valid")
+    value = {"file": arguments.config, "valid": True}
+    show(value, arguments.output, f"{arguments.config} is valid")
     return DONE
 
 
@@ -57,49 +58,9 @@ def schema(_: argparse.Namespace) -> int:
     return DONE
 
 
-def db_status(arguments: argparse.Namespace) -> int:
-    """Say which schema the database has."""
-    from issuer.store import migrate
-    from issuer.store.engine import make_engine
-
-    settings = settings_of(arguments)
-    if not settings.database.exists():
-        raise CommandError(f"no database at {settings.database}: `issuer db upgrade` makes it")
-    found = migrate.status(make_engine(settings.database))
-    value = {"current": found.current, "wanted": found.wanted, "is_current": found.is_current}
-    verdict = "up to date" if found.is_current else "run `issuer db upgrade`"
-    show(
-        value,
-        arguments.output,
-        f"schema {found.current}, this release wants {found.wanted}: {verdict}",
-    )
-    return DONE if found.is_current else REFUSED
-
-
-def db_upgrade(arguments: argparse.Namespace) -> int:
-    """Bring the database to this release's schema."""
-    import asyncio
-
-    from ca.clock import SystemClock
-    from issuer.store.store import Store
-    from spiffe_core.spiffeid import TrustDomain
-
-    settings = settings_of(arguments)
-
-    async def upgrade() -> None:
-        os.umask(0o077)
-        domain = TrustDomain(settings.trust_domain)
-        await (await Store.open(settings.database, domain, SystemClock())).close()
-
-    asyncio.run(upgrade())
-    return db_status(arguments)
-
-
 def completion(arguments: argparse.Namespace) -> int:
     """Print a completion script."""
-    import shtab
+    from issuer.cli.grammar import parser
 
-    from issuer.cli import parser
-
-    sys.stdout.write(shtab.complete(parser(), shell=arguments.shell))
+    sys.stdout.write(completion_script(parser(), arguments.shell))
     return DONE

@@ -1,0 +1,260 @@
+"""
+What both command lines share: exit codes, spelling of options, output, refusals.
+
+Only argparse is imported here, so that ``--help`` costs little more than Python itself: no
+typing, no dataclasses, and YAML, protobuf and rich when they are used.
+"""
+
+import argparse
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import Any, TextIO
+
+DONE = 0
+REFUSED = 1
+USAGE = 2
+UNREACHABLE = 3
+INTERRUPTED = 130  # what a shell says of SIGINT
+
+STYLES = ("text", "json", "yaml")
+MAX_SECONDS = 2**31 - 1  # int32 on the wire: 68 years
+RED, GREEN, YELLOW = 31, 32, 33
+
+
+class CommandError(Exception):
+    """A command cannot go on; the text says what to do next."""
+
+    def __init__(self, text: str, code: int = REFUSED) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Help(argparse.HelpFormatter):
+    """Help as wide as the terminal, found without importing ``shutil``."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=_columns())
+
+
+def _columns() -> int:
+    given = os.environ.get("COLUMNS", "")
+    if given.isdigit() and int(given):
+        return max(40, int(given) - 2)
+    try:
+        return max(40, os.get_terminal_size(sys.stdout.fileno()).columns - 2)
+    except (OSError, ValueError):
+        return 94
+
+
+def new_parser(commands: "Any", name: str, text: str) -> argparse.ArgumentParser:
+    """Add the command *name* to *commands*; an option must be spelt out (SEC-95)."""
+    made: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.",
+        formatter_class=Help, allow_abbrev=False,
+    )  # fmt: skip
+    return made
+
+
+def output_option(one: argparse.ArgumentParser) -> None:
+    """Add ``-o``; *pretty* is SPIRE's word for text."""
+    one.add_argument(
+        "-o", "--output", choices=STYLES, default="text", metavar="text|json|yaml",
+        type=lambda given: "text" if given == "pretty" else given,
+        help="text for people (the default), json or yaml for programs",
+    )  # fmt: skip
+
+
+def given_arguments(arguments: "Sequence[str]", spire: "Mapping[str, str]") -> list[str]:
+    """
+    Return *arguments*, with SPIRE's spelling (``-spiffeID X``, ``--ttl=5``) in ours.
+
+    What follows ``--`` is a command of its own and stays as it is.
+
+    Raises:
+        CommandError: an argument is not UTF-8.
+    """
+    made: list[str] = []
+    for at, one in enumerate(arguments):
+        if one == "--":
+            return [*made, *arguments[at:]]
+        if any("\ud800" <= letter <= "\udfff" for letter in one):
+            raise CommandError("arguments must be UTF-8 text", USAGE)
+        name, equals, value = one.lstrip("-").partition("=")
+        if one.startswith("-") and name in spire:
+            one = f"--{spire[name]}{equals}{value}"
+        made.append(one)
+    return made
+
+
+def seconds(text: str) -> int:
+    """Parse the value of an option: ``600``, ``10m`` or ``1h30m`` (an argparse type)."""
+    from spiffe_wire.settings import duration
+
+    try:
+        plain = text.isascii() and text.isdigit()
+        span = int(text) if plain else int(duration(text).total_seconds())
+    except (ValueError, OverflowError):
+        span = -1
+    if not 0 <= span <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError("a time reads 600, 10m or 1h30m, at most 68 years")
+    return span
+
+
+def guarded(run: "Callable[[], int]") -> int:
+    """Run a command; print what went wrong, and return its exit code."""
+    from spiffe_core.errors import SpiffeError
+
+    try:
+        code = run()
+        sys.stdout.flush()
+    except CommandError as error:
+        say(str(error))
+        return error.code
+    except SpiffeError as error:
+        say(str(error))
+        return REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    return code
+
+
+class explained:  # noqa: N801 read as a statement
+    """Turns a parse error into a refusal that names the argument (or file) *what*."""
+
+    def __init__(self, what: str, code: int = USAGE) -> None:
+        self._what = what
+        self._code = code
+
+    def __enter__(self) -> None:
+        """Nothing to set up."""
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        from spiffe_core.errors import MalformedError
+
+        if isinstance(error, MalformedError):
+            raise CommandError(f"{self._what}: {error}", self._code) from error
+
+
+def say(text: str) -> None:
+    """Say what went wrong, on standard error, in red on a terminal."""
+    print(paint(RED, _lines(text), sys.stderr), file=sys.stderr)
+
+
+def has_colour(stream: "TextIO") -> bool:
+    """True on a terminal that shows colour, unless NO_COLOR is set (no-color.org)."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return wanted and stream.isatty()
+
+
+def paint(colour: int, text: str, stream: "TextIO | None" = None) -> str:
+    """Return *text* in *colour* where the stream shows it."""
+    return f"\x1b[{colour}m{text}\x1b[0m" if has_colour(stream or sys.stdout) else text
+
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+
+
+def plain(text: str) -> str:
+    """Return *text* as one line without controls: a peer's text drives no terminal."""
+    return text.translate(_CONTROLS)
+
+
+def _lines(text: str) -> str:
+    return "\n".join(plain(one) for one in text.split("\n"))
+
+
+def show(value: "Any", style: str, text: str = "") -> None:
+    """Print *value* for programs, or *text* for people."""
+    if style == "json":
+        import json
+
+        print(json.dumps(value, indent=2))
+    elif style == "yaml":
+        import yaml
+
+        print(yaml.safe_dump(value, sort_keys=False), end="")
+    elif text:
+        print(_lines(text))
+
+
+def message(one: "Any") -> "Any":
+    """Return a protobuf message as plain values, proto names and defaults included."""
+    from google.protobuf.json_format import MessageToDict
+
+    return MessageToDict(
+        one, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+def table(titles: "Sequence[str]", rows: "Sequence[Sequence[str]]") -> None:
+    """Print a table: with colour and fitted on a terminal, plain columns elsewhere."""
+    rows = [[plain(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for line in _columns_of([titles, *rows]):
+            print(line)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(*titles, box=None, header_style="bold cyan", pad_edge=False)
+    for row in rows:
+        # As Text: a selector may read [bold], and is no markup.
+        made.add_row(*(Text(cell, overflow="fold") for cell in row))
+    Console(no_color=not has_colour(sys.stdout)).print(made)
+
+
+def _columns_of(rows: "Sequence[Sequence[str]]") -> "Iterator[str]":
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(cells).rstrip()
+
+
+def details(facts: "Sequence[tuple[str, str]]") -> str:
+    """Return one thing's facts as lines, names and values aligned; empty values left out."""
+    kept = [(name, plain(value)) for name, value in facts if value]
+    width = max((len(name) for name, _ in kept), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in kept)
+
+
+def spiffe_id(one: "Any") -> str:
+    """Return a ``SPIFFEID`` message as text."""
+    return f"spiffe://{one.trust_domain}{one.path}"
+
+
+def relative(at: int) -> str:
+    """Return Unix seconds as a time from now; ``never`` for 0."""
+    import time
+
+    if not at:
+        return "never"
+    span = int(at - time.time())
+    amount, unit = abs(span), "s"
+    for size, name in ((86400, "d"), (3600, "h"), (60, "m")):
+        if amount >= 2 * size:
+            amount, unit = amount // size, name
+            break
+    return f"in {amount}{unit}" if span >= 0 else f"{amount}{unit} ago"
+
+
+def version_text(program: str) -> str:
+    """Return what ``--version`` prints."""
+    from importlib.metadata import version
+
+    return f"{program} {version('spiffe-issuer')}"
+
+
+def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
+    """Return a script that completes the commands of *parser* in *shell*."""
+    import shtab
+
+    return str(shtab.complete(parser, shell=shell))
