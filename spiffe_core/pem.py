@@ -1,12 +1,12 @@
 """PEM text for files that people and other programs read; size first (SEC-14)."""
 
 import base64
-import binascii
 import re
 from collections.abc import Sequence
 from typing import Final
 
 from spiffe_core.errors import MalformedError
+from spiffe_core.strictjson import StrictJsonError, b64_decode
 
 MAX_PEM_BYTES: Final = 1024 * 1024  # SEC-14
 
@@ -44,8 +44,8 @@ def certificates_from_pem(text: str) -> tuple[bytes, ...]:
     if not blocks or len(blocks) != text.count("-----BEGIN "):
         raise PemError("expected one or more CERTIFICATE blocks and nothing else")
     try:
-        found = [base64.b64decode("".join(block.split()), validate=True) for block in blocks]
-    except binascii.Error as error:
+        found = [b64_decode("".join(block.split())) for block in blocks]
+    except StrictJsonError as error:
         raise PemError("a CERTIFICATE block is not base64") from error
     if not all(found):
         raise PemError("a CERTIFICATE block is empty")

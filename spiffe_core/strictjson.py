@@ -1,5 +1,5 @@
 """
-The one strict JSON reader and the one strict base64url reader (SEC-05, T-30).
+The one strict JSON reader, and the strict base64 and base64url readers (SEC-05, T-30).
 
 The standard library keeps the last of two equal members, reads NaN, and skips junk in
 base64; each of these has been a vulnerability somewhere.
@@ -113,6 +113,22 @@ def _decoder(max_integer: int) -> json.JSONDecoder:
         parse_float=_float,
         parse_int=integer,
     )
+
+
+def b64_decode(text: str) -> bytes:
+    """
+    Parse base64 as RFC 7517 4.7 has it: standard alphabet, padded, in its one spelling.
+
+    Raises:
+        StrictJsonError: anything else.
+    """
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise StrictJsonError("not base64") from error
+    if base64.b64encode(data).decode() != text:
+        raise StrictJsonError("base64 has spare bits or padding too many")
+    return data
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
