@@ -59,6 +59,7 @@ class X509Authority:
                 certificate.not_valid_before_utc, certificate.not_valid_after_utc
             )
             key = key_of_certificate(certificate)
+            _ = certificate.issuer, certificate.subject  # parsed late; a path needs them
         except KeyRefusedError as error:
             raise AuthorityError(f"an authority's {error}") from error
         except x509.ExtensionNotFound as error:
