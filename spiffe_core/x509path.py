@@ -8,6 +8,7 @@ The library builds the path.  What it leaves open is decided here, always as a r
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Final, TypeVar
 
 from cryptography import x509
@@ -145,9 +146,14 @@ def build_path(
         .build_client_verifier()
     )
     try:
-        verifier.verify(leaf, intermediates)
+        path = verifier.verify(leaf, intermediates).chain
     except VerificationError as error:
         raise X509SvidError(_NO_PATH) from error
+    for issued, issuer in pairwise(path):
+        # The library goes by names alone; OpenSSL and others go by key IDs too.
+        own = find(extensions_of(issuer), x509.SubjectKeyIdentifier)
+        if own is None or issuer_key_id(extensions_of(issued)) != own.digest:
+            raise X509SvidError(_NO_PATH)
 
 
 def _check_common(certificate: x509.Certificate) -> None:
@@ -156,6 +162,7 @@ def _check_common(certificate: x509.Certificate) -> None:
     if not 0 < certificate.serial_number < 1 << 159:
         raise X509SvidError("serial number must be positive and at most 20 octets")
     check_public_key(certificate.public_key())
+    _ = certificate.issuer, certificate.subject  # parsed late: here, where errors are expected
     algorithm = certificate.signature_hash_algorithm
     if algorithm is not None and algorithm.name not in _SIGNATURE_HASHES:
         raise X509SvidError("certificate is signed with a hash that is not accepted")
