@@ -63,16 +63,28 @@ def rsa_public(modulus: int, exponent: int = 65537) -> rsa.RSAPublicKey:
 
 
 @pytest.mark.parametrize(
-    ("bits", "good"), [(2047, False), (2048, True), (3072, True), (4096, True), (4097, False)]
+    ("bits", "reason"),
+    [
+        (2040, "2048 to 4096 bits"),
+        (2047, "2048 to 4096 bits"),
+        (2048, None),
+        (2049, "whole number of octets"),
+        (2056, None),
+        (3072, None),
+        (4095, "whole number of octets"),
+        (4096, None),
+        (4097, "2048 to 4096 bits"),
+        (4104, "2048 to 4096 bits"),
+    ],
 )
-def test_sec_15_rsa_sizes(bits: int, good: bool) -> None:
-    """RSA keys have 2048 to 4096 bits, to the bit."""
+def test_sec_15_rsa_sizes(bits: int, reason: str | None) -> None:
+    """RSA keys have 2048 to 4096 bits, to the bit, and a whole number of octets."""
     key = rsa_public(random.Random(bits).getrandbits(bits) | 1 << (bits - 1) | 1)
     assert key.key_size == bits
-    if good:
+    if reason is None:
         assert check_public_key(key) is key
     else:
-        with pytest.raises(KeyRefusedError, match="2048 to 4096 bits"):
+        with pytest.raises(KeyRefusedError, match=reason):
             check_public_key(key)
 
 
