@@ -176,7 +176,7 @@ class FakeCa:
         self.key = a_key(kind, f"{trust_domain} {which}")
         self.parent = parent
         signer = parent or self
-        self.name = name(f"{trust_domain} {kind} {which}")
+        self.name = name(f"{trust_domain[:30]} {kind} {which}")
         public = self.key.public_key()
         self.key_id = x509.SubjectKeyIdentifier.from_public_key(public).digest
         extensions = [
