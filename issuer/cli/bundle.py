@@ -7,10 +7,10 @@ from issuer.cli.calls import answered, call
 from issuer.cli.entry_file import read_input
 from spiffe_core.authority import X509Authority
 from spiffe_core.bundle import Bundle
-from spiffe_core.bundle_document import bundle_from_document, bundle_to_document
+from spiffe_core.bundle_document import bundle_to_document, read_document
 from spiffe_core.pem import certificates_from_pem, certificates_to_pem
 from spiffe_core.spiffeid import TrustDomain
-from spiffe_wire.commandline import DONE, REFUSED, explained, message
+from spiffe_wire.commandline import DONE, REFUSED, explained, message, say
 from spiffe_wire.commandline import show as print_value
 from spiffe_wire.convert.bundle import bundle_from_wire, bundle_to_wire
 from spiffe_wire.pb.spire.api.server.bundle.v1 import bundle_pb2, bundle_pb2_grpc
@@ -64,7 +64,10 @@ def set_foreign(arguments: argparse.Namespace) -> int:
             ders = certificates_from_pem(data.decode("ascii", "replace"))
             bundle = Bundle(trust_domain, tuple(X509Authority.parse(der) for der in ders))
         else:
-            bundle = bundle_from_document(trust_domain, data)
+            reading = read_document(trust_domain, data)
+            bundle = reading.bundle
+            for one in reading.skipped:
+                say(f"key {one.position} of {arguments.path} is left out: {one.reason}")
 
     async def ask(channel: Any) -> Any:
         request = bundle_pb2.BatchSetFederatedBundleRequest(bundle=[bundle_to_wire(bundle)])

@@ -13,7 +13,7 @@ import grpc
 
 from spiffe_core.authority import X509Authority
 from spiffe_core.bundle import Bundle, BundleSet
-from spiffe_core.bundle_document import bundle_from_document
+from spiffe_core.bundle_document import bundle_from_jwks
 from spiffe_core.der import split_certificates
 from spiffe_core.errors import InternalError, MalformedError, PreconditionError
 from spiffe_core.jwtsvid import JwtSvid
@@ -202,14 +202,5 @@ def _bundle(name: TrustDomain, x509: Mapping[str, bytes], jwt: Mapping[str, byte
     authorities = _x509_bundle(name, x509[name.id.uri]) if name.id.uri in x509 else Bundle(name)
     if name.id.uri not in jwt:
         return authorities
-    keys = _jwt_document(name, jwt[name.id.uri])
+    keys = bundle_from_jwks(name, jwt[name.id.uri])
     return Bundle(name, authorities.x509_authorities, keys.jwt_authorities)
-
-
-def _jwt_document(name: TrustDomain, data: bytes) -> Bundle:
-    # The Workload API's JWK Sets carry no `use` (IOP-02); what is in them is for JWT-SVIDs.
-    from spiffe_core.strictjson import dumps, loads
-
-    tree = loads(data)
-    keys = [{**key, "use": "jwt-svid"} for key in tree["keys"]]
-    return bundle_from_document(name, dumps({"keys": keys}))
