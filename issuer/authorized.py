@@ -52,6 +52,7 @@ class AuthorizedIndex:
         self._aliases = _SelectorIndex()
         self._agents: dict[SpiffeId, AttestedAgent] = {}
         self._agents_by_selector: dict[Selector, set[SpiffeId]] = {}
+        self._agents_by_key: dict[bytes, SpiffeId] = {}
         self._views: dict[SpiffeId, AgentView] = {}
         self._versions: Counter[SpiffeId] = Counter()
 
@@ -97,6 +98,9 @@ class AuthorizedIndex:
             self._unfile(before)
             for selector in agent.selectors:
                 self._agents_by_selector.setdefault(selector, set()).add(agent.id)
+        self._forget_keys(before)
+        for key_hash in filter(None, (agent.key_hash, agent.new_key_hash)):
+            self._agents_by_key[key_hash] = agent.id
         self._agents[agent.id] = agent
         return self._changed({agent.id})
 
@@ -106,6 +110,7 @@ class AuthorizedIndex:
         if before is None:
             return set()
         self._unfile(before)
+        self._forget_keys(before)
         return self._changed({agent_id})
 
     # Questions
@@ -113,6 +118,11 @@ class AuthorizedIndex:
     def agent(self, agent_id: SpiffeId) -> AttestedAgent | None:
         """Return an agent, or None."""
         return self._agents.get(agent_id)
+
+    def holder_of(self, key_hash: bytes, at: datetime) -> SpiffeId | None:
+        """Return the live agent whose own SVID is on that key, or None (SEC-20)."""
+        agent_id = self._agents_by_key.get(key_hash)
+        return agent_id if agent_id and self._agents[agent_id].is_live(at) else None
 
     def agents(self) -> Iterable[AttestedAgent]:
         """Return every agent."""
@@ -282,6 +292,11 @@ class AuthorizedIndex:
             self._versions[agent_id] += 1
             self._views.pop(agent_id, None)
         return concerned
+
+    def _forget_keys(self, agent: AttestedAgent | None) -> None:
+        for key_hash in (agent.key_hash, agent.new_key_hash) if agent is not None else ():
+            if self._agents_by_key.get(key_hash) == agent.id:  # type: ignore[union-attr]
+                del self._agents_by_key[key_hash]
 
     def _unfile(self, agent: AttestedAgent | None) -> None:
         for selector in agent.selectors if agent is not None else ():

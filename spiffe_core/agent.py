@@ -4,7 +4,8 @@ Attested agents, and the names agents and servers have.
 Source: SPIRE API 2.3, 3.7, 5.2; SEC-52 (a ban is a fact of its own).
 """
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from spiffe_core.selector import SelectorSet
@@ -32,6 +33,19 @@ class AttestedAgent:
     banned: bool = False
     can_reattest: bool = False
     agent_version: str = ""
+    key_hash: bytes = field(default=b"", repr=False)
+    new_key_hash: bytes = field(default=b"", repr=False)
+    """Of the public keys of *serial* and *new_serial*: nobody else gets an SVID on one of
+    them (SEC-20)."""
+
+    def is_live(self, at: datetime) -> bool:
+        """True while one of its certificates can be good, or a ban keeps it from coming back."""
+        return self.banned or at <= max(self.expires_at, self.new_expires_at or self.expires_at)
+
+
+def key_hash_of(public_key: bytes) -> bytes:
+    """Return what an agent's SubjectPublicKeyInfo is known by."""
+    return hashlib.sha256(public_key).digest()
 
 
 def agent_id(trust_domain: TrustDomain, attestor: str, *segments: str) -> SpiffeId:

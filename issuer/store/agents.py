@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, and_, delete, func, insert, or_, select, update
 
 from issuer.store.events import EventKind, EventRepository
 from issuer.store.rows import PAGE, agent_of, seconds, selectors_text
@@ -18,6 +18,8 @@ from spiffe_core.permission import AgentDeniedError, DenialReason
 from spiffe_core.spiffeid import SpiffeId
 
 RETRY_WINDOW: Final = timedelta(seconds=60)  # SEC-50: the reply may have been lost
+EXPIRED_KEPT: Final = timedelta(days=1)
+"""Who comes late with a token is told that, and not that it never was."""
 
 
 class AgentRepository:
@@ -59,6 +61,8 @@ class AgentRepository:
             "new_expires_at": 0,
             "selectors": selectors_text(agent.selectors),
             "can_reattest": agent.can_reattest,
+            "key_hash": agent.key_hash,
+            "new_key_hash": b"",
         }
         crash_point("node.before_insert")
         changed = self._connection.execute(
@@ -83,7 +87,9 @@ class AgentRepository:
         crash_point("node.inserted")
         self._events.add(EventKind.AGENT, agent.id.uri)
 
-    def renewed(self, agent_id: SpiffeId, serial: str, expires_at: datetime) -> None:
+    def renewed(
+        self, agent_id: SpiffeId, serial: str, expires_at: datetime, key_hash: bytes
+    ) -> None:
         """
         Store a renewal; the old certificate stays good until the new one is used.
 
@@ -91,7 +97,10 @@ class AgentRepository:
             AgentDeniedError: banned or gone meanwhile.
         """
         self._change_unless_banned(
-            agent_id, new_serial=serial, new_expires_at=seconds(expires_at)
+            agent_id,
+            new_serial=serial,
+            new_expires_at=seconds(expires_at),
+            new_key_hash=key_hash,
         )
         crash_point("node.renewed")
 
@@ -99,14 +108,17 @@ class AgentRepository:
         """
         The renewed certificate was used: it becomes the current one.
 
+        Two first calls at once both come here; the second finds it done.
+
         Raises:
-            AbortedError: it is no longer the renewed one.
+            AbortedError: it is neither the renewed nor the current one any more.
         """
         done = self._connection.execute(
             update(agents)
             .where(
                 agents.c.id == agent_id.uri,
                 agents.c.new_serial == serial,
+                agents.c.new_serial != "",
                 agents.c.banned.is_(False),
             )
             .values(
@@ -114,12 +126,17 @@ class AgentRepository:
                 expires_at=agents.c.new_expires_at,
                 new_serial="",
                 new_expires_at=0,
+                key_hash=agents.c.new_key_hash,
+                new_key_hash=b"",
             )
         )
-        if not done.rowcount:
+        if done.rowcount:
+            crash_point("node.activated")
+            self._events.add(EventKind.AGENT, agent_id.uri)
+            return
+        found = self.find(agent_id)
+        if found is None or found.serial != serial:
             raise AbortedError("the renewed certificate was superseded")
-        crash_point("node.activated")
-        self._events.add(EventKind.AGENT, agent_id.uri)
 
     def ban(self, agent_id: SpiffeId) -> None:
         """
@@ -131,6 +148,7 @@ class AgentRepository:
         done = self._connection.execute(
             update(agents)
             .where(agents.c.id == agent_id.uri)
+            # The hashes stay: what a banned node held is good for nobody.
             .values(banned=True, serial="", new_serial="", new_expires_at=0)
         )
         if not done.rowcount:
@@ -230,6 +248,27 @@ class TokenRepository:
             )
         )
 
+    def check(self, public_id: str, secret: str, public_key: bytes) -> None:
+        """
+        See whether `consume` would succeed now; changes nothing.
+
+        Raises:
+            TokenError: unknown, wrong, used or expired.
+        """
+        now = int(self._now.timestamp())
+        row = self._connection.execute(
+            select(tokens).where(tokens.c.public_id == public_id)
+        ).one_or_none()
+        if row is None or not hmac.compare_digest(row.secret_hash, _digest(secret.encode())):
+            raise TokenError(_UNKNOWN)
+        if not row.used_at:
+            if row.expires_at <= now:
+                raise TokenError(_EXPIRED)
+            return
+        is_retry = timedelta(0) <= timedelta(seconds=now - row.used_at) <= RETRY_WINDOW
+        if not is_retry or not hmac.compare_digest(row.used_key, _digest(public_key)):
+            raise TokenError(_UNKNOWN)
+
     def consume(self, public_id: str, secret: str, public_key: bytes) -> None:
         """
         Use a token for the node whose CSR carries *public_key*: once, or again within a
@@ -239,44 +278,40 @@ class TokenRepository:
             TokenError: unknown, wrong, used or expired.
         """
         now = int(self._now.timestamp())
-        secret_hash, key_hash = _digest(secret.encode()), _digest(public_key)
         crash_point("token.before_consume")
         used = self._connection.execute(
             update(tokens)
             .where(
                 tokens.c.public_id == public_id,
-                tokens.c.secret_hash == secret_hash,
+                tokens.c.secret_hash == _digest(secret.encode()),
                 tokens.c.used_at == 0,
                 tokens.c.expires_at > now,
             )
-            .values(used_at=now, used_key=key_hash)
+            .values(used_at=now, used_key=_digest(public_key))
         )
         if used.rowcount == 1:
             crash_point("token.consumed")
-            return
-        row = self._connection.execute(
-            select(tokens).where(tokens.c.public_id == public_id)
-        ).one_or_none()
-        if row is None or not hmac.compare_digest(row.secret_hash, secret_hash):
-            raise TokenError(_UNKNOWN)
-        if not row.used_at:
-            raise TokenError("join token expired: make a new one with `issuer token generate`")
-        age = timedelta(seconds=now - row.used_at)
-        is_retry = timedelta(0) <= age <= RETRY_WINDOW
-        if not is_retry or not hmac.compare_digest(row.used_key, key_hash):
-            raise TokenError(_UNKNOWN)
+        else:
+            self.check(public_id, secret, public_key)
 
-    def prune(self) -> int:
-        """Drop tokens that can no longer be used; return how many."""
-        now = int(self._now.timestamp())
-        window = int(RETRY_WINDOW.total_seconds())
-        gone = delete(tokens).where(
-            (tokens.c.expires_at < now - window)
-            | ((tokens.c.used_at > 0) & (tokens.c.used_at < now - window))
+    def prune(self) -> Sequence[str]:
+        """Drop tokens that are long past use; return the public ids of the never used."""
+        expired_before = seconds(self._now - EXPIRED_KEPT)
+        used_before = seconds(self._now - RETRY_WINDOW)
+        gone = self._connection.execute(
+            delete(tokens)
+            .where(
+                or_(
+                    and_(tokens.c.used_at == 0, tokens.c.expires_at < expired_before),
+                    and_(tokens.c.used_at > 0, tokens.c.used_at < used_before),
+                )
+            )
+            .returning(tokens.c.public_id, tokens.c.used_at)
         )
-        return self._connection.execute(gone).rowcount
+        return [row.public_id for row in gone if not row.used_at]
 
 
+_EXPIRED: Final = "join token expired: make a new one with `issuer token generate`"
 _UNKNOWN: Final = "failed to attest: join token does not exist or has already been used"
 
 

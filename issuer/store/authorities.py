@@ -14,6 +14,7 @@ from issuer.store.events import EventKind, EventRepository
 from issuer.store.rows import (
     BAD_VALUE,
     PAGE,
+    PRUNE_ROWS,
     StoredValueError,
     instant,
     instant_of_micros,
@@ -287,8 +288,9 @@ class IssuedRepository:
         return self._connection.execute(select(func.count()).select_from(issued)).scalar_one()
 
     def prune(self, before: datetime) -> int:
-        """Drop what expired before *before*; return how many."""
-        gone = delete(issued).where(issued.c.expires_at < seconds(before))
+        """Drop what expired before *before*; return how many, 5,000 at most."""
+        expired = select(issued.c.row).where(issued.c.expires_at < seconds(before))
+        gone = delete(issued).where(issued.c.row.in_(expired.limit(PRUNE_ROWS)))
         return self._connection.execute(gone).rowcount
 
 

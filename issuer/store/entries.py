@@ -11,7 +11,7 @@ from sqlalchemy import Connection, bindparam, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from issuer.store.events import EventKind, EventRepository
-from issuer.store.rows import PAGE, entry_of, entry_row, seconds
+from issuer.store.rows import PAGE, PRUNE_ROWS, entry_of, entry_row, seconds
 from issuer.store.tables import entries, gone_entries
 from spiffe_core.entry import RegistrationEntry
 from spiffe_core.errors import AlreadyExistsError, NotFoundError
@@ -185,8 +185,9 @@ class EntryRepository:
         return [entry for entry in found if domain in entry.federates_with]
 
     def forget_gone(self, before: datetime) -> int:
-        """Drop the memory of ids that went before *before*; return how many."""
-        done = delete(gone_entries).where(gone_entries.c.gone_at < seconds(before))
+        """Drop the memory of ids that went before *before*; return how many, of 5,000."""
+        old = select(gone_entries.c.id).where(gone_entries.c.gone_at < seconds(before))
+        done = delete(gone_entries).where(gone_entries.c.id.in_(old.limit(PRUNE_ROWS)))
         return self._connection.execute(done).rowcount
 
     def _gone_at(self, entry_id: str) -> int:

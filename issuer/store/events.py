@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, select
 
-from issuer.store.rows import PAGE, StoredValueError, micros
+from issuer.store.rows import PAGE, PRUNE_ROWS, StoredValueError, micros
 from issuer.store.tables import audit, events
 from spiffe_core.crashpoints import crash_point
 from spiffe_core.errors import AbortedError
@@ -90,15 +90,16 @@ class EventRepository:
         return self._connection.execute(select(func.min(events.c.seq))).scalar() or 0
 
     def prune(self, before: datetime) -> int:
-        """Drop events older than *before*, the newest excepted; return how many."""
+        """Drop the oldest events before *before*, not the newest; return how many, of 5,000."""
         # By number, so that no hole is left where a clock was set back.
         keep_from = self._connection.execute(
-            select(func.min(events.c.seq)).where(events.c.committed_at >= micros(before))
+            select(events.c.seq)
+            .where(events.c.committed_at >= micros(before))
+            .order_by(events.c.seq)
+            .limit(1)
         ).scalar()
-        last = self.last()
-        done = self._connection.execute(
-            delete(events).where(events.c.seq < (last if keep_from is None else keep_from))
-        )
+        until = min(self.last() if keep_from is None else keep_from, self.first() + PRUNE_ROWS)
+        done = self._connection.execute(delete(events).where(events.c.seq < until))
         return done.rowcount
 
 

@@ -14,6 +14,8 @@ from spiffe_core.selector import Selector, SelectorSet
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
 
 PAGE: Final = 1000  # rows a statement (SEC-62)
+PRUNE_ROWS: Final = 5000
+"""Rows that one pruning drops at most: a statement has five seconds, and writers wait."""
 _KEPT: Final = 65_536
 """Values read again and again, such as the selectors of pods, are kept once: a third of
 the memory and half the time of hydrating (performance 5)."""
@@ -156,6 +158,8 @@ def agent_of(row: RowMapping) -> AttestedAgent:
             banned=row["banned"],
             can_reattest=row["can_reattest"],
             agent_version=row["agent_version"],
+            key_hash=row["key_hash"],
+            new_key_hash=row["new_key_hash"],
         )
     except BAD_VALUE as error:
         raise StoredValueError("a stored agent is damaged: restore the database") from error

@@ -80,6 +80,8 @@ agents = Table(
     Column("banned", Boolean, nullable=False),  # a fact of its own (SEC-52)
     Column("can_reattest", Boolean, nullable=False),
     Column("agent_version", Text, nullable=False),
+    Column("key_hash", LargeBinary, nullable=False),  # of the current SVID's public key
+    Column("new_key_hash", LargeBinary, nullable=False),
     sqlite_autoincrement=True,
 )  # fmt: skip
 

@@ -21,6 +21,8 @@ def upgrade() -> None:
         sa.Column("banned", sa.Boolean(), nullable=False),
         sa.Column("can_reattest", sa.Boolean(), nullable=False),
         sa.Column("agent_version", sa.Text(), nullable=False),
+        sa.Column("key_hash", sa.LargeBinary(), nullable=False),
+        sa.Column("new_key_hash", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("row"),
         sa.UniqueConstraint("id"),
         sqlite_autoincrement=True,

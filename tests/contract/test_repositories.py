@@ -311,7 +311,7 @@ def test_entries_behave_like_a_dictionary(steps: list[Any]) -> None:
 
 def test_an_agent_comes_back_whole(repos: Repositories) -> None:
     """Every field of an agent is stored."""
-    agent = an_agent(selectors=some("a:1", "b:x:y"), can_reattest=True)
+    agent = an_agent(selectors=some("a:1", "b:x:y"), can_reattest=True, key_hash=b"k\x00")
     event = [(EventKind.AGENT, agent.id.uri)]
     assert heard(repos, lambda: repos.agents.attested(agent)) == event
     assert repos.agents.get(agent.id) == agent
@@ -323,7 +323,7 @@ def test_an_agent_comes_back_whole(repos: Repositories) -> None:
 def test_attesting_again_replaces_what_was_learnt(repos: Repositories) -> None:
     """A new attestation brings new selectors and ends a pending renewal."""
     repos.agents.attested(an_agent(selectors=some("a:1")))
-    repos.agents.renewed(node_id("a"), "1002", NOW + timedelta(hours=2))
+    repos.agents.renewed(node_id("a"), "1002", NOW + timedelta(hours=2), b"new")
     repos.agents.attested(an_agent(serial="1003", selectors=some("a:2")))
     assert repos.agents.get(node_id("a")) == an_agent(serial="1003", selectors=some("a:2"))
     assert repos.agents.count() == 1
@@ -331,19 +331,23 @@ def test_attesting_again_replaces_what_was_learnt(repos: Repositories) -> None:
 
 def test_sec_54_a_renewal_counts_when_it_is_used(repos: Repositories) -> None:
     """SEC-54: both serials are kept until the new one is used, then it is the only one."""
-    repos.agents.attested(an_agent())
+    repos.agents.attested(an_agent(key_hash=b"old"))
     ends = NOW + timedelta(hours=2)
-    repos.agents.renewed(node_id("a"), "1002", ends)
+    repos.agents.renewed(node_id("a"), "1002", ends, b"new")
     held = repos.agents.get(node_id("a"))
     assert (held.serial, held.new_serial, held.new_expires_at) == ("1001", "1002", ends)
+    assert (held.key_hash, held.new_key_hash) == (b"old", b"new")
     with pytest.raises(AbortedError):
         repos.agents.activate_new(node_id("a"), "1009")
     repos.agents.activate_new(node_id("a"), "1002")
     held = repos.agents.get(node_id("a"))
     assert (held.serial, held.expires_at, held.new_serial) == ("1002", ends, "")
-    assert held.new_expires_at is None
-    with pytest.raises(AbortedError):
-        repos.agents.activate_new(node_id("a"), "1002")
+    assert (held.new_expires_at, held.key_hash, held.new_key_hash) == (None, b"new", b"")
+    # A second first call, a moment later, finds it done; a stranger's serial never is.
+    assert heard(repos, lambda: repos.agents.activate_new(node_id("a"), "1002")) == []
+    for serial in ("1001", ""):
+        with pytest.raises(AbortedError):
+            repos.agents.activate_new(node_id("a"), serial)
 
 
 def test_unknown_agents(repos: Repositories) -> None:
@@ -355,7 +359,7 @@ def test_unknown_agents(repos: Repositories) -> None:
     with pytest.raises(NotFoundError):
         repos.agents.delete(node_id("x"))
     with pytest.raises(AgentDeniedError) as caught:
-        repos.agents.renewed(node_id("x"), "1", NOW)
+        repos.agents.renewed(node_id("x"), "1", NOW, b"")
     assert caught.value.reason is DenialReason.AGENT_NOT_ATTESTED
     assert repos.events.last() == 0
 
