@@ -10,11 +10,11 @@ import json
 import logging
 import os
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Final
+from datetime import timedelta
+from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from prometheus_client import generate_latest
@@ -36,7 +36,9 @@ from issuer.services.bundles import BundleService
 from issuer.services.entries import EntryService
 from issuer.services.hub import Hub
 from issuer.services.ratelimit import RateLimit
+from issuer.services.refusals import RefusalLog
 from issuer.services.svids import SvidService
+from issuer.store.rows import PRUNE_ROWS
 from issuer.store.store import Repositories, SqlJournal, Store
 from issuer.telemetry.metrics import ServerMetrics
 from spiffe_core.errors import SpiffeError
@@ -54,7 +56,9 @@ _log = logging.getLogger(__name__)
 MAX_CONNECTION_AGE: Final = timedelta(minutes=3)  # SEC-17
 STOP_GRACE: Final = timedelta(seconds=5)  # SEC-108: all of it within 10 s
 KEEP_EVENTS: Final = timedelta(hours=24)
-PRUNE_SECONDS: Final = 600.0
+KEEP_ISSUED: Final = timedelta(hours=24)  # after it expired
+KEEP_GONE: Final = timedelta(days=30)  # no cache holds an entry that went so long ago
+PRUNE_INTERVAL: Final = timedelta(minutes=10)
 
 
 @dataclass
@@ -119,8 +123,7 @@ class Server:
     def problems(self) -> list[str]:
         """What keeps this server from being ready; empty when nothing does (SEC-114)."""
         found = [] if self.ready else ["starting or stopping"]
-        if self.rotator.problem:
-            found.append(self.rotator.problem)
+        found += [one for one in (self.rotator.problem, self.hub.problem) if one]
         if self.own.svid is not None and not self.own.svid.validity.covers(
             self.own.clock.now()
         ):
@@ -133,9 +136,16 @@ class Server:
 
 
 @asynccontextmanager
-async def serve(settings: ServerSettings, clock: Clock | None = None) -> AsyncIterator[Server]:
+async def serve(
+    settings: ServerSettings,
+    clock: Clock | None = None,
+    *,
+    die: Callable[[int], object] = os._exit,
+) -> AsyncIterator[Server]:
     """
     Run a server while entered; it is ready when this yields.
+
+    *die* ends the process when a part fails that nothing can be served safely without.
 
     Raises:
         SpiffeError: says what keeps it from starting, and what to do.
@@ -168,7 +178,15 @@ async def serve(settings: ServerSettings, clock: Clock | None = None) -> AsyncIt
         await own.renew()
         server = Server(settings, store, rotator, hub, own, metrics, api.entries, api.agents)
         running.append(server)
-        await stack.enter_async_context(_background(server, rotator, hub, own, store, clock))
+        refusals = api.callers.refusals
+        loops = {
+            "rotate": rotator.run(),
+            "fold": hub.run(),
+            "own-svid": own.run(),
+            "refusals": refusals.run(),
+            "prune": _prune(store, api.agents, clock),
+        }
+        await stack.enter_async_context(_background(server, loops, die))
         await _open_doors(stack, server, api)
         server.ready = True
         event(_log, logging.INFO, "server_ready", trust_domain=trust_domain, port=server.port)
@@ -208,14 +226,13 @@ def _api(
     admin_ids = frozenset(SpiffeId.parse(one) for one in settings.admin_ids)
     signing = SIGNING_RATE if settings.rate_limits.signing else 0
     return Api(
-        store,
         hub,
         clock,
         EntryService(store, hub, trust_domain),
         agents,
         svids,
         BundleService(store, hub, trust_domain),
-        Callers(hub, agents, store, clock, admin_ids),
+        Callers(hub, agents, RefusalLog(store), clock, admin_ids),
         ApiLimits(
             RateLimit("attest agent", 1 if settings.rate_limits.attestation else 0),
             RateLimit("certificate signing", signing),
@@ -292,16 +309,13 @@ def _status(server: Server) -> StatusServer:
 
 @asynccontextmanager
 async def _background(
-    server: Server, rotator: Rotator, hub: Hub, own: OwnSvid, store: Store, clock: Clock
+    server: Server,
+    loops: Mapping[str, Coroutine[Any, Any, None]],
+    die: Callable[[int], object],
 ) -> AsyncIterator[None]:
     tasks = [
-        asyncio.create_task(one, name=name)
-        for name, one in (
-            ("rotate", rotator.run()),
-            ("fold", _watched(hub.run(), server)),
-            ("own-svid", own.run()),
-            ("prune", _prune(store, clock)),
-        )
+        asyncio.create_task(_watched(name, loop, server, die), name=name)
+        for name, loop in loops.items()
     ]
     try:
         yield
@@ -311,27 +325,43 @@ async def _background(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _watched(folding: Coroutine[None, None, None], server: Server) -> None:
-    """Without the feed, bans would not be heard of: stop saying ready, and end."""
+async def _watched(
+    name: str,
+    loop: Coroutine[Any, Any, None],
+    server: Server,
+    die: Callable[[int], object],
+) -> None:
+    """
+    Run a loop that a server must not be without.
+
+    Without the feed bans would not be heard of, without the rotation nothing would be
+    signed one day: so this ends the process, and a supervisor starts it again from what is
+    durable.
+    """
     try:
-        await folding
-    except SpiffeError as error:
+        await loop
+    except Exception as error:  # noqa: BLE001 whatever it is, the loop is over
         server.ready = False
-        event(_log, logging.CRITICAL, "change_feed_lost", exc_info=error)
-        os._exit(1)  # crash-only: a supervisor starts us again, from what is durable
+        event(_log, logging.CRITICAL, "background_failed", loop=name, exc_info=error)
+        die(1)
 
 
-async def _prune(store: Store, clock: Clock) -> None:
+async def _prune(store: Store, agents: AgentService, clock: Clock) -> None:
+    """Drop what nobody will ask for any more, in steps that keep no writer waiting."""
+
+    def step(repos: Repositories) -> int:
+        now = clock.now()
+        agents.prune_tokens(repos)
+        return max(
+            repos.events.prune(now - KEEP_EVENTS),
+            repos.issued.prune(now - KEEP_ISSUED),
+            repos.entries.forget_gone(now - KEEP_GONE),
+        )
+
     while True:
-        await asyncio.sleep(PRUNE_SECONDS)
-        before = clock.now() - KEEP_EVENTS
-
-        def work(repos: Repositories, before: datetime = before) -> None:
-            repos.events.prune(before)
-            repos.tokens.prune()
-            repos.issued.prune(before)
-
+        await clock.sleep(PRUNE_INTERVAL)
         try:
-            await store.write(work)
+            while await store.write(step) == PRUNE_ROWS:
+                pass
         except SpiffeError as error:
             event(_log, logging.WARNING, "prune_failed", exc_info=error)

@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from spiffe_core.keys import KeyKind
-from spiffe_core.spiffeid import TrustDomain
+from spiffe_core.spiffeid import SpiffeId, SpiffeIdError, TrustDomain
 from spiffe_wire.settings import SettingsError, section, setting
 
 ROLE = "server"
@@ -96,14 +96,24 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         TrustDomain(self.trust_domain)
+        for one in self.admin_ids:
+            self._check_admin_id(one)
         if not 0 <= self.bind_port <= 65535:
             raise SettingsError("bind_port: must be 0 to 65535")
         if self.svids.agent_ttl < timedelta(seconds=10):
             raise SettingsError("svids.agent_ttl: must be at least 10s")
         if self.authority.x509_ttl < 2 * self.svids.x509_ttl:
             raise SettingsError(
-                "authority.x509_ttl: must be at least twice svids.x509_ttl, or SVIDs are cut short"
+                "authority.x509_ttl: must be at least twice svids.x509_ttl, or SVIDs are cut "
+                "short"
             )
+
+    def _check_admin_id(self, text: str) -> None:
+        # Others' certificates are not asked for: TLS knows our own authorities alone (T-09).
+        try:
+            SpiffeId.parse(text).require_member(TrustDomain(self.trust_domain))
+        except SpiffeIdError as error:
+            raise SettingsError(f"admin_ids: {error}") from error
 
     @property
     def admin_socket_path(self) -> Path:

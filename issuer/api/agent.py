@@ -1,22 +1,22 @@
 """``spire.api.server.agent.v1.Agent`` (SPIRE API 5.2)."""
 
 import asyncio
+import ipaddress
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
+from issuer.api.answers import mask_of, selector_match, to_wire
 from issuer.api.callers import caller
-from issuer.api.entry import check_size, selector_match
 from issuer.services.agents import AgentFilter, AgentService
 from issuer.services.ratelimit import RateLimit
-from issuer.store.store import Store
 from spiffe_core.agent import AttestedAgent
-from spiffe_core.errors import DeadlineError, MalformedError
+from spiffe_core.errors import DeadlineError, MalformedError, NotReadyError
 from spiffe_core.spiffeid import SpiffeId
 from spiffe_core.x509svid import X509Svid
 from spiffe_wire.convert.entry import (
-    id_from_wire,
     id_to_wire,
     masked,
     optional_id,
@@ -27,9 +27,14 @@ from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2, agent_pb2_grpc
 from spiffe_wire.pb.spire.api.types import agent_pb2 as types_pb2
 from spiffe_wire.pb.spire.api.types import jointoken_pb2, x509svid_pb2
 
+FIRST_MESSAGE_TIMEOUT: Final = 10.0  # security requirements, table 1
 ATTEST_TIMEOUT: Final = 30.0
-"""Seconds for a whole attestation: agents set no deadline of their own."""
-_EXPIRES_LAYOUT: Final = "%Y-%m-%d %H:%M:%S %z"
+"""Seconds for what follows it: agents set no deadline of their own."""
+MAX_ATTESTING: Final = 32  # security requirements, table 1
+_EXPIRES_BEFORE: Final = re.compile(
+    r"(?P<instant>[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2} "
+    r"(?P<hours>[+-][0-9]{2})[0-9]{2}) (?P<again>[+-][0-9]{2})"
+)
 _Empty = message("google.protobuf.Empty")
 
 
@@ -62,10 +67,12 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
     """Thin: parse, ask the service, answer."""
 
     service: AgentService
-    store: Store
     attest_limit: RateLimit
     csr_limit: RateLimit
     status_limit: RateLimit
+
+    def __post_init__(self) -> None:
+        self._attesting = asyncio.Semaphore(MAX_ATTESTING)
 
     async def CountAgents(self, request: Any, context: Any) -> Any:
         return agent_pb2.CountAgentsResponse(
@@ -76,18 +83,14 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
         page = await self.service.page(
             _filter_of(request.filter), request.page_size, request.page_token
         )
-        mask = request.output_mask if request.HasField("output_mask") else None
-        return check_size(
-            agent_pb2.ListAgentsResponse(
-                agents=[masked(agent_to_wire(one), mask, "id") for one in page.items],
-                next_page_token=page.next_token,
-            )
+        return agent_pb2.ListAgentsResponse(
+            agents=await to_wire(page.items, agent_to_wire, mask_of(request), "id"),
+            next_page_token=page.next_token,
         )
 
     async def GetAgent(self, request: Any, context: Any) -> Any:
         agent = await self.service.get(_agent_id(request))
-        mask = request.output_mask if request.HasField("output_mask") else None
-        return masked(agent_to_wire(agent), mask, "id")
+        return masked(agent_to_wire(agent), mask_of(request), "id")
 
     async def DeleteAgent(self, request: Any, context: Any) -> Any:
         await self.service.evict(_agent_id(request), actor=caller().name)
@@ -98,7 +101,7 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
         return _Empty()
 
     async def CreateJoinToken(self, request: Any, context: Any) -> Any:
-        workload = id_from_wire(request.agent_id) if request.HasField("agent_id") else None
+        workload = _agent_id(request, "agent_id") if request.HasField("agent_id") else None
         token, expires_at = await self.service.create_join_token(
             timedelta(seconds=request.ttl), request.token, workload, actor=caller().name
         )
@@ -107,41 +110,46 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
     async def AttestAgent(
         self, requests: AsyncIterator[Any], context: Any
     ) -> AsyncIterator[Any]:
-        address = caller().address
-        await self.attest_limit.take(address)
-        answers: asyncio.Queue[Any] = asyncio.Queue()
-        stream = aiter(requests)
+        await self.attest_limit.take(network_of(caller().address))
+        # Challenges to send, then None: the attestation is over, well or not.
+        challenges: asyncio.Queue[Any] = asyncio.Queue()
+        attesting = asyncio.create_task(self._attest(aiter(requests), challenges))
+        attesting.add_done_callback(lambda _: challenges.put_nowait(None))
+        try:
+            while (challenge := await challenges.get()) is not None:
+                yield agent_pb2.AttestAgentResponse(challenge=challenge)
+            yield await attesting
+        finally:
+            attesting.cancel()
+            await asyncio.gather(attesting, return_exceptions=True)
 
+    async def _attest(
+        self, requests: AsyncIterator[Any], challenges: asyncio.Queue[Any]
+    ) -> Any:
         async def challenge(data: bytes) -> bytes:
-            await answers.put(agent_pb2.AttestAgentResponse(challenge=data))
-            request = await anext(stream, None)
+            await challenges.put(data)
+            request = await anext(requests, None)
             if request is None or not request.challenge_response:
                 raise MalformedError("a challenge must be answered")
             return bytes(request.challenge_response)
 
-        async def attest() -> Any:
-            data, csr = _params_of(await anext(stream, None))
-            signed, node = await self.service.attest(data.type, data.payload, csr, challenge)
-            result = agent_pb2.AttestAgentResponse.Result(
-                svid=x509_svid_to_wire(signed.svid), reattestable=node.can_reattest
-            )
-            return agent_pb2.AttestAgentResponse(result=result)
-
-        attesting = asyncio.create_task(asyncio.wait_for(attest(), ATTEST_TIMEOUT))
         try:
-            while True:
-                asked = asyncio.create_task(answers.get())
-                await asyncio.wait({attesting, asked}, return_when=asyncio.FIRST_COMPLETED)
-                if asked.done():
-                    yield asked.result()
-                    continue
-                asked.cancel()
-                break
-            yield await attesting
+            async with asyncio.timeout(FIRST_MESSAGE_TIMEOUT):
+                first = await anext(requests, None)
+            data, csr = _params_of(first)
+            if self._attesting.locked():
+                raise NotReadyError("too many nodes attest at once: try again")
+            async with self._attesting, asyncio.timeout(ATTEST_TIMEOUT):
+                signed, node = await self.service.attest(
+                    data.type, data.payload, csr, challenge
+                )
         except TimeoutError:
             raise DeadlineError("attestation took too long") from None
-        finally:
-            attesting.cancel()
+        return agent_pb2.AttestAgentResponse(
+            result=agent_pb2.AttestAgentResponse.Result(
+                svid=x509_svid_to_wire(signed.svid), reattestable=node.can_reattest
+            )
+        )
 
     async def RenewAgent(self, request: Any, context: Any) -> Any:
         agent = caller().require_agent()
@@ -176,9 +184,22 @@ def _params_of(request: Any) -> tuple[Any, bytes]:
     return params.data, bytes(params.params.csr)
 
 
-def _agent_id(request: Any) -> SpiffeId:
+def network_of(address: str) -> str:
+    """One IPv4 address, or the /64 that one IPv6 host has to itself (SEC-55)."""
     try:
-        return optional_id(request, "id")
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is not None:
+            return str(found.ipv4_mapped)
+        return str(ipaddress.ip_network((found, 64), strict=False))
+    return str(found)
+
+
+def _agent_id(request: Any, field: str = "id") -> SpiffeId:
+    try:
+        return optional_id(request, field)
     except MalformedError as error:
         raise MalformedError(f"invalid agent ID: {error}") from error
 
@@ -200,7 +221,10 @@ def _expires_before(text: str) -> datetime | None:
     """``YYYY-MM-DD HH:MM:SS ±hhmm ±hh``: the offset stands there twice."""
     if not text:
         return None
+    parts = _EXPIRES_BEFORE.fullmatch(text)
     try:
-        return datetime.strptime(text.rpartition(" ")[0], _EXPIRES_LAYOUT)
+        if parts is None or parts["hours"] != parts["again"]:
+            raise ValueError("not of the form")
+        return datetime.strptime(parts["instant"], "%Y-%m-%d %H:%M:%S %z")
     except ValueError as error:
         raise MalformedError("by_expires_before reads YYYY-MM-DD HH:MM:SS +hhmm +hh") from error

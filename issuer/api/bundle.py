@@ -2,10 +2,10 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
+from issuer.api.answers import OK, check_batch, failure, mask_of, to_wire
 from issuer.api.callers import caller
-from issuer.api.entry import OK, check_batch, check_size, failure
 from issuer.services.bundles import BundleService, DeleteMode
 from spiffe_core.bundle import Bundle
 from spiffe_core.errors import MalformedError, SpiffeError, UnsupportedError
@@ -14,7 +14,9 @@ from spiffe_wire.convert.bundle import bundle_from_wire, bundle_to_wire
 from spiffe_wire.convert.entry import masked
 from spiffe_wire.pb.spire.api.server.bundle.v1 import bundle_pb2, bundle_pb2_grpc
 
-_NO_DOWNSTREAM = "keys of downstream servers are not published by this release"
+MAX_BUNDLE_BYTES: Final = 1024 * 1024  # security requirements, table 1
+_MASKED: Final = ("x509_authorities", "jwt_authorities", "refresh_hint", "sequence_number")
+_NO_DOWNSTREAM: Final = "keys of downstream servers are not published by this release"
 
 
 @dataclass
@@ -27,18 +29,17 @@ class BundleServicer(bundle_pb2_grpc.BundleServicer):
         return bundle_pb2.CountBundlesResponse(count=await self.service.count())
 
     async def GetBundle(self, request: Any, context: Any) -> Any:
-        return _answer(await self.service.own(), request)
+        return _answer(self.service.own(), request)
 
     async def GetFederatedBundle(self, request: Any, context: Any) -> Any:
         return _answer(await self.service.foreign(_domain(request.trust_domain)), request)
 
     async def ListFederatedBundles(self, request: Any, context: Any) -> Any:
         page = await self.service.page(request.page_size, request.page_token)
-        return check_size(
-            bundle_pb2.ListFederatedBundlesResponse(
-                bundles=[_answer(one, request) for one in page.items],
-                next_page_token=page.next_token,
-            )
+        mask = mask_of(request)
+        return bundle_pb2.ListFederatedBundlesResponse(
+            bundles=await to_wire(page.items, bundle_to_wire, mask, "trust_domain"),
+            next_page_token=page.next_token,
         )
 
     async def AppendBundle(self, request: Any, context: Any) -> Any:
@@ -64,19 +65,14 @@ class BundleServicer(bundle_pb2_grpc.BundleServicer):
     async def BatchUpdateFederatedBundle(self, request: Any, context: Any) -> Any:
         actor = caller().name
         response = bundle_pb2.BatchUpdateFederatedBundleResponse
-        mask = request.input_mask if request.HasField("input_mask") else None
+        mask = mask_of(request, "input_mask")
+        masked_in = [name for name in _MASKED if mask is None or getattr(mask, name)]
 
         async def update(given: Bundle) -> Bundle:
-            merged = given
-            if mask is not None:
-                before = await self.service.foreign(given.trust_domain)
-                fields = ("x509_authorities", "jwt_authorities", "refresh_hint",
-                          "sequence_number")  # fmt: skip
-                merged = replace(
-                    before,
-                    **{name: getattr(given, name) for name in fields if getattr(mask, name)},
-                )
-            return await self.service.update(merged, actor=actor)
+            def change(before: Bundle) -> Bundle:
+                return replace(before, **{name: getattr(given, name) for name in masked_in})
+
+            return await self.service.update(given.trust_domain, change, actor=actor)
 
         return response(results=await _batch(request, update, response.Result))
 
@@ -112,8 +108,7 @@ class BundleServicer(bundle_pb2_grpc.BundleServicer):
 
 
 def _answer(bundle: Bundle, request: Any) -> Any:
-    mask = request.output_mask if request.HasField("output_mask") else None
-    return masked(bundle_to_wire(bundle), mask, "trust_domain")
+    return masked(bundle_to_wire(bundle), mask_of(request), "trust_domain")
 
 
 def _domain(name: str) -> TrustDomain:
@@ -130,7 +125,7 @@ async def _batch(
     results = []
     for message in request.bundle:
         try:
-            parsed = bundle_from_wire(message)
+            parsed = _parsed(message)
         except MalformedError as error:
             results.append(result(status=failure(error, "failed to convert bundle")))
             continue
@@ -140,3 +135,11 @@ async def _batch(
         except SpiffeError as error:
             results.append(result(status=failure(error)))
     return results
+
+
+def _parsed(message: Any) -> Bundle:
+    if message.ByteSize() > MAX_BUNDLE_BYTES:
+        raise MalformedError(f"a bundle is longer than {MAX_BUNDLE_BYTES} bytes")
+    for one in (*message.x509_authorities, *message.jwt_authorities):
+        one.ClearField("tainted")  # output only: nobody taints another domain's keys here
+    return bundle_from_wire(message)

@@ -4,7 +4,6 @@ From a proven peer to a caller: its kinds, its name, and whether it may call (SP
 Everything is checked again on every call (SEC-17): expiry, the bundle, the ban, the serial.
 """
 
-import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
@@ -17,7 +16,7 @@ from ca.clock import Clock
 from issuer.api.access import ACCESS
 from issuer.services.agents import AgentService
 from issuer.services.hub import Hub
-from issuer.store.store import Store
+from issuer.services.refusals import RefusalLog
 from spiffe_core.agent import AGENT_PREFIX, AttestedAgent
 from spiffe_core.errors import ForbiddenError, MalformedError, UnauthenticatedError
 from spiffe_core.permission import (
@@ -31,9 +30,7 @@ from spiffe_core.spiffeid import SpiffeId
 from spiffe_core.x509svid import X509Svid, verify_x509_svid
 from spiffe_wire.frontdoor.peer import TlsPeer, UnixPeer, peer_of
 from spiffe_wire.interceptors import wrap_handler
-from spiffe_wire.logs import event
 
-_log = logging.getLogger(__name__)
 VERIFIED_KEPT: Final = 4096
 
 
@@ -73,7 +70,7 @@ class Callers:
 
     hub: Hub
     agents: AgentService
-    store: Store
+    refusals: RefusalLog
     clock: Clock
     admin_ids: frozenset[SpiffeId]
 
@@ -88,13 +85,18 @@ class Callers:
             ForbiddenError: it may not; AgentDeniedError when an agent acts upon the reason.
             UnauthenticatedError: its certificate is no longer good.
         """
-        allowed = ACCESS.get(method, frozenset())
         peer = peer_of(context)
         try:
-            return await self._admit(peer, allowed, method)
-        except (ForbiddenError, UnauthenticatedError) as error:
+            return await self._admit(peer, ACCESS.get(method, frozenset()))
+        except UnauthenticatedError as error:
             await self._refused(peer, method, error)
             raise
+        except ForbiddenError as error:
+            await self._refused(peer, method, error)
+            denied = f"authorization denied for method {method}"
+            if isinstance(error, AgentDeniedError):
+                raise AgentDeniedError(denied, error.reason) from error
+            raise ForbiddenError(denied) from error
 
     async def check_still(self, one: Caller) -> None:
         """
@@ -108,40 +110,41 @@ class Callers:
             self._verify(one.svid)
             self._check_agent(one.svid)
 
-    async def _admit(
-        self, peer: TlsPeer | UnixPeer, allowed: frozenset[CallerKind], method: str
-    ) -> Caller:
-        denied = f"authorization denied for method {method}"
+    async def _admit(self, peer: TlsPeer | UnixPeer, allowed: frozenset[CallerKind]) -> Caller:
         if isinstance(peer, UnixPeer):
             peer.check_alive()
-            name = f"uid:{peer.uid} pid:{peer.pid}"
             if {CallerKind.LOCAL, CallerKind.ANY} & allowed:
-                return Caller(CallerKind.LOCAL, name, "local")
-            raise ForbiddenError(denied)
-        svid = peer.svid
+                return Caller(CallerKind.LOCAL, _name_of(peer), "local")
+            raise ForbiddenError("not for the admin socket")
+        svid, name = peer.svid, _name_of(peer)
         if CallerKind.ANY in allowed:
-            name = "anonymous" if svid is None else svid.spiffe_id.uri
             return Caller(CallerKind.ANY, name, peer.address, svid=svid)
         if svid is None:
-            raise ForbiddenError(denied)
+            raise ForbiddenError("no client certificate")
         self._verify(svid)
         now = self.clock.now()
-        spiffe_id = svid.spiffe_id
         if CallerKind.ADMIN in allowed and (
-            spiffe_id in self.admin_ids or self.hub.index.is_admin(spiffe_id, now)
+            svid.spiffe_id in self.admin_ids or self.hub.index.is_admin(svid.spiffe_id, now)
         ):
-            return Caller(CallerKind.ADMIN, spiffe_id.uri, peer.address, svid=svid)
+            return Caller(CallerKind.ADMIN, name, peer.address, svid=svid)
+        if CallerKind.DOWNSTREAM in allowed and self.hub.index.is_downstream(
+            svid.spiffe_id, now
+        ):
+            return Caller(CallerKind.DOWNSTREAM, name, peer.address, svid=svid)
         if CallerKind.AGENT in allowed:
-            try:
-                check = self._check_agent(svid)
-            except AgentDeniedError as error:
-                raise AgentDeniedError(denied, error.reason) from error
-            agent = self.hub.index.agent(spiffe_id)
-            if agent is not None and check is AgentCheck.ACTIVATES_NEW:
-                await self.agents.activate(agent)
-                agent = self.hub.index.agent(spiffe_id)
-            return Caller(CallerKind.AGENT, spiffe_id.uri, peer.address, agent, svid)
-        raise ForbiddenError(denied)
+            agent = await self._active_agent(svid)
+            return Caller(CallerKind.AGENT, name, peer.address, agent, svid)
+        raise ForbiddenError("not one of those who may call it")
+
+    async def _active_agent(self, svid: X509Svid) -> AttestedAgent:
+        """The agent whose current certificate *svid* is; a renewed one becomes that now."""
+        if self._check_agent(svid) is AgentCheck.ACTIVATES_NEW:
+            await self.agents.activate(svid.spiffe_id, svid.serial)
+            # What is in force now decides: a ban or another renewal may have come first.
+            self._check_agent(svid)
+        agent = self.hub.index.agent(svid.spiffe_id)
+        assert agent is not None  # noqa: S101 checked, and nothing was awaited since
+        return agent
 
     def _check_agent(self, svid: X509Svid) -> AgentCheck:
         if not svid.spiffe_id.path.startswith(AGENT_PREFIX):
@@ -172,11 +175,20 @@ class Callers:
     async def _refused(self, peer: TlsPeer | UnixPeer, method: str, error: Exception) -> None:
         if isinstance(peer, TlsPeer) and peer.svid is None:
             return  # anybody can knock; only a proven caller's refusal is worth a row
-        name = peer.svid.spiffe_id.uri if isinstance(peer, TlsPeer) and peer.svid else "local"
-        event(_log, logging.WARNING, "call_refused", method=method, caller=name, why=str(error))
-        await self.store.write(
-            lambda repos: repos.audit.add("call.refuse", method, "refused"), actor=name
-        )
+        action = "call.refuse"
+        if isinstance(error, AgentDeniedError) and error.reason is _SUPERSEDED:
+            # Two hold one node's identity, or one lives in the past (SEC-54).
+            action = "agent.superseded"
+        await self.refusals.note(_name_of(peer), method, str(error), action=action)
+
+
+_SUPERSEDED: Final = DenialReason.AGENT_NOT_ACTIVE
+
+
+def _name_of(peer: TlsPeer | UnixPeer) -> str:
+    if isinstance(peer, UnixPeer):
+        return f"uid:{peer.uid} pid:{peer.pid}"
+    return "anonymous" if peer.svid is None else peer.svid.spiffe_id.uri
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):

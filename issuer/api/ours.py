@@ -1,13 +1,13 @@
 """What SPIRE lacks: the held watch stream and explanations; and gRPC health."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ca.clock import Clock
 from issuer.api.callers import Callers, caller
-from issuer.services.hub import Hub
+from issuer.services.hub import Hub, Waiter
 from issuer.services.watch import Difference, View
 from spiffe_core.decision import decide
 from spiffe_core.errors import MalformedError, UnsupportedError
@@ -19,7 +19,8 @@ from spiffe_wire.pb.spiffe_issuer.v1 import explain_pb2_grpc, watch_pb2, watch_p
 
 RECHECK_SECONDS: Final = 2.0
 """A held stream checks its caller at least this often, and at every change (SEC-17)."""
-CHUNK: Final = 500  # entries a message, far below 4 MiB
+CHUNK: Final = 500  # things a message
+CHUNK_BYTES: Final = 1024 * 1024  # one large thing may stand alone, below 4 MiB
 
 
 @dataclass
@@ -32,15 +33,16 @@ class AgentWatchServicer(watch_pb2_grpc.AgentWatchServicer):
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         me = caller()
-        view = View(self.hub, me.require_agent().id)
-        with self.hub.waiter() as waiter:
+        agent_id = me.require_agent().id
+        view = View(self.hub, agent_id)
+        with self.hub.waiter(agent_id) as waiter:
             committed_at = 0
             difference = view.start(request.cursor, self.clock.now())
             first = True
             while True:
                 # Said even when nothing changed: the agent then knows that it is up to date.
                 if first or not difference.is_empty:
-                    for message in _messages(difference, view, committed_at):
+                    for message in _messages(difference, view.cursor(), committed_at):
                         yield message
                 first = False
                 committed_at = await _next_change(waiter)
@@ -48,37 +50,38 @@ class AgentWatchServicer(watch_pb2_grpc.AgentWatchServicer):
                 difference = view.step(self.clock.now())
 
 
-async def _next_change(waiter: Any) -> int:
+async def _next_change(waiter: Waiter) -> int:
     try:
         async with asyncio.timeout(RECHECK_SECONDS):
-            return int(await waiter.wait())
+            return await waiter.wait()
     except TimeoutError:
         return 0
 
 
-def _messages(difference: Difference, view: View, committed_at: int) -> list[Any]:
+def _messages(difference: Difference, cursor: str, committed_at: int) -> Iterator[Any]:
     """The difference in messages below the limit; the last one carries the cursor."""
-    made = []
-    entries = list(difference.entries)
-    while True:
-        part, entries = entries[:CHUNK], entries[CHUNK:]
-        made.append(
-            watch_pb2.WatchResponse(
-                entries=[entry_to_wire(one) for one in part],
-                more=True,
-                committed_at_micros=committed_at,
-            )
-        )
-        if not entries:
-            break
-    made[0].snapshot = difference.snapshot
-    last = made[-1]
-    last.more = False
-    last.cursor = view.cursor()
-    last.removed_entry_ids.extend(difference.removed)
-    last.bundles.extend(bundle_to_wire(one) for one in difference.bundles)
-    last.removed_trust_domains.extend(one.name for one in difference.removed_domains)
-    return made
+    message = watch_pb2.WatchResponse(
+        snapshot=difference.snapshot, more=True, committed_at_micros=committed_at
+    )
+    count = size = 0
+    for field, item in _items(difference):
+        weight = len(item) if isinstance(item, str) else item.ByteSize()
+        if count and (count == CHUNK or size + weight > CHUNK_BYTES):
+            yield message
+            message = watch_pb2.WatchResponse(more=True, committed_at_micros=committed_at)
+            count = size = 0
+        getattr(message, field).append(item)
+        count, size = count + 1, size + weight
+    message.more = False
+    message.cursor = cursor
+    yield message
+
+
+def _items(difference: Difference) -> Iterator[tuple[str, Any]]:
+    yield from (("entries", entry_to_wire(one)) for one in difference.entries)
+    yield from (("removed_entry_ids", one) for one in difference.removed)
+    yield from (("bundles", bundle_to_wire(one)) for one in difference.bundles)
+    yield from (("removed_trust_domains", one.name) for one in difference.removed_domains)
 
 
 @dataclass

@@ -19,7 +19,6 @@ from issuer.services.entries import EntryService
 from issuer.services.hub import Hub
 from issuer.services.ratelimit import RateLimit
 from issuer.services.svids import SvidService
-from issuer.store.store import Store
 from spiffe_wire.pb.grpc.health.v1 import health_pb2_grpc
 from spiffe_wire.pb.spiffe_issuer.v1 import explain_pb2_grpc, watch_pb2_grpc
 from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2_grpc
@@ -34,7 +33,6 @@ from spiffe_wire.pb.spire.api.server.trustdomain.v1 import trustdomain_pb2_grpc
 class Api:
     """Everything the servicers need; `register` puts them on a grpcio server."""
 
-    store: Store
     hub: Hub
     clock: Clock
     entries: EntryService
@@ -54,8 +52,8 @@ class Api:
         """
         seen = _Noting(server)
         limits = self.limits
-        agent = AgentServicer(self.agents, self.store, limits.attest, limits.csr, limits.status)
-        entry = EntryServicer(self.entries, self.hub, self.clock)
+        agent = AgentServicer(self.agents, limits.attest, limits.csr, limits.status)
+        entry = EntryServicer(self.entries, self.hub, self.callers, self.clock)
         svid = SvidServicer(self.svids, limits.csr, limits.jsr)
         trust_domain, authority = later.servicers()
         watch = AgentWatchServicer(self.hub, self.callers, self.clock)

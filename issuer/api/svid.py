@@ -6,8 +6,8 @@ from typing import Any
 
 from ca.jwt import SignedJwt
 from issuer.api.agent import x509_svid_to_wire
+from issuer.api.answers import OK, check_batch, failure
 from issuer.api.callers import caller
-from issuer.api.entry import OK, check_batch, failure
 from issuer.services.ratelimit import RateLimit
 from issuer.services.svids import SvidService, WantedX509
 from spiffe_core.errors import MalformedError, SpiffeError, UnsupportedError
@@ -45,8 +45,12 @@ class SvidServicer(svid_pb2_grpc.SVIDServicer):
         return svid_pb2.MintX509SVIDResponse(svid=x509_svid_to_wire(signed.svid))
 
     async def MintJWTSVID(self, request: Any, context: Any) -> Any:
+        try:
+            wanted = optional_id(request, "id")
+        except MalformedError as error:
+            raise MalformedError(f"invalid SPIFFE ID: {error}") from error
         signed = await self.service.mint_jwt(
-            optional_id(request, "id"),
+            wanted,
             tuple(request.audience),
             timedelta(seconds=request.ttl),
             actor=caller().name,

@@ -78,6 +78,9 @@ class JoinTokenAttestor:
         except UnicodeDecodeError as error:
             raise JoinTokenError("a join token is ASCII text") from error
 
+        def check(repos: Repositories) -> None:
+            repos.tokens.check(token.public_id, token.secret, public_key)
+
         def consume(repos: Repositories) -> None:
             repos.tokens.consume(token.public_id, token.secret, public_key)
 
@@ -85,5 +88,6 @@ class JoinTokenAttestor:
             agent_id(self.trust_domain, self.type, token.public_id),
             frozenset(),
             can_reattest=False,
+            check=check,
             consume=consume,
         )

@@ -19,6 +19,8 @@ class AttestedNode:
     agent_id: SpiffeId
     selectors: SelectorSet
     can_reattest: bool
+    check: Callable[[Repositories], None] | None = None
+    """Raises if the proof would not do; asked before anything is signed."""
     consume: Callable[[Repositories], None] | None = None
     """Uses the proof up, in the transaction that stores the node; may raise."""
 

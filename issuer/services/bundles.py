@@ -1,6 +1,7 @@
 """Our own bundle, and foreign ones that were exchanged by hand (SPIRE API 5.4)."""
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from issuer.services.hub import Hub
@@ -32,9 +33,9 @@ class BundleService:
     hub: Hub
     trust_domain: TrustDomain
 
-    async def own(self) -> Bundle:
-        """Return our own bundle, as it is durable."""
-        return await self.store.read(lambda repos: repos.authorities.bundle())
+    def own(self) -> Bundle:
+        """Return our own bundle: anybody may ask, so it costs no look into the store."""
+        return self.hub.bundle
 
     async def foreign(self, trust_domain: TrustDomain) -> Bundle:
         """
@@ -65,22 +66,43 @@ class BundleService:
         Add a foreign bundle.
 
         Raises:
+            MalformedError: it is our own trust domain's.
             AlreadyExistsError: there is one.
         """
-        return await self._put(bundle, "creating", actor, must_exist=False)
 
-    async def update(self, bundle: Bundle, *, actor: str) -> Bundle:
+        def make(before: Bundle | None) -> Bundle:
+            if before is not None:
+                raise AlreadyExistsError("bundle already exists")
+            return bundle
+
+        return await self._put(bundle.trust_domain, make, "creating", actor)
+
+    async def update(
+        self, trust_domain: TrustDomain, change: Callable[[Bundle], Bundle], *, actor: str
+    ) -> Bundle:
         """
-        Replace a foreign bundle.
+        Replace a foreign bundle by what *change* makes of it, inside the transaction.
 
         Raises:
+            MalformedError: it is our own trust domain's.
             NotFoundError: there is none.
         """
-        return await self._put(bundle, "updating", actor, must_exist=True)
+
+        def make(before: Bundle | None) -> Bundle:
+            if before is None:
+                raise NotFoundError("bundle not found")
+            return change(before)
+
+        return await self._put(trust_domain, make, "updating", actor)
 
     async def set(self, bundle: Bundle, *, actor: str) -> Bundle:
-        """Add or replace a foreign bundle."""
-        return await self._put(bundle, "setting", actor, must_exist=None)
+        """
+        Add or replace a foreign bundle.
+
+        Raises:
+            MalformedError: it is our own trust domain's.
+        """
+        return await self._put(bundle.trust_domain, lambda _: bundle, "setting", actor)
 
     async def delete(self, trust_domain: TrustDomain, mode: DeleteMode, *, actor: str) -> None:
         """
@@ -105,30 +127,32 @@ class BundleService:
             for entry in using:
                 if mode is DeleteMode.DELETE:
                     repos.entries.delete(entry.id)
+                    repos.audit.add("entry.delete", entry.id)
                 else:
                     left = entry.federates_with - {trust_domain}
                     repos.entries.update(replace(entry, federates_with=left))
+                    repos.audit.add("entry.update", entry.id)
             repos.bundles.delete(trust_domain)
             repos.audit.add("bundle.delete", trust_domain.name, mode.name.lower())
 
         await self.store.write(work, actor=actor)
 
     async def _put(
-        self, bundle: Bundle, verb: str, actor: str, *, must_exist: bool | None
+        self,
+        trust_domain: TrustDomain,
+        make: Callable[[Bundle | None], Bundle],
+        verb: str,
+        actor: str,
     ) -> Bundle:
-        self._refuse_own(bundle.trust_domain, verb)
+        self._refuse_own(trust_domain, verb)
 
-        def work(repos: Repositories) -> None:
-            there = repos.bundles.find(bundle.trust_domain) is not None
-            if must_exist is True and not there:
-                raise NotFoundError("bundle not found")
-            if must_exist is False and there:
-                raise AlreadyExistsError("bundle already exists")
-            repos.bundles.set(bundle)
-            repos.audit.add("bundle.set", bundle.trust_domain.name)
+        def work(repos: Repositories) -> Bundle:
+            made = make(repos.bundles.find(trust_domain))
+            repos.bundles.set(made)
+            repos.audit.add("bundle.set", trust_domain.name)
+            return made
 
-        await self.store.write(work, actor=actor)
-        return bundle
+        return await self.store.write(work, actor=actor)
 
     def _refuse_own(self, trust_domain: TrustDomain, verb: str) -> None:
         if trust_domain == self.trust_domain:

@@ -1,14 +1,19 @@
 """Registration entries: what operators and controllers ask (SPIRE API 5.1)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
 
 from issuer.services.hub import Hub
-from issuer.services.paging import Page, collect
+from issuer.services.paging import Fetch, Page, collect, count
 from issuer.store.store import Repositories, Store
 from spiffe_core.entry import RegistrationEntry, check_entry_id
 from spiffe_core.errors import InternalError, MalformedError
 from spiffe_core.selector import SelectorSet, SetMatch
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
+
+Change: TypeAlias = Callable[[RegistrationEntry], RegistrationEntry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,10 @@ class EntryFilter:
     hint: str = ""
     downstream: bool = False
     """True filters; False filters nothing, as SPIRE's own tools expect."""
+
+    def rows_of(self, repos: Repositories) -> Fetch[RegistrationEntry]:
+        """Reads the rows that can be wanted: SQL narrows by name, `keeps` decides."""
+        return partial(repos.entries.page, spiffe_id=self.spiffe_id, parent_id=self.parent_id)
 
     def keeps(self, entry: RegistrationEntry) -> bool:
         """True when *entry* is wanted."""
@@ -71,14 +80,14 @@ class EntryService:
             MalformedError: the token is not one of ours.
         """
         return await self.store.read(
-            lambda repos: collect(repos.entries.page, wanted.keeps, page_size, token)
+            lambda repos: collect(wanted.rows_of(repos), wanted.keeps, page_size, token)
         )
 
     async def count(self, wanted: EntryFilter) -> int:
         """Return how many entries are *wanted*."""
         if wanted == EntryFilter():
             return await self.store.read(lambda repos: repos.entries.count())
-        return len((await self.page(wanted, 0, "")).items)
+        return await self.store.read(lambda repos: count(wanted.rows_of(repos), wanted.keeps))
 
     async def create(self, entry: RegistrationEntry, *, actor: str) -> RegistrationEntry:
         """
@@ -99,19 +108,23 @@ class EntryService:
 
         return await self.store.write(work, actor=actor)
 
-    async def update(self, entry: RegistrationEntry, *, actor: str) -> RegistrationEntry:
+    async def update(self, entry_id: str, change: Change, *, actor: str) -> RegistrationEntry:
         """
-        Replace one entry, durable when this returns.
+        Replace one entry by what *change* makes of it, durable when this returns.
+
+        *change* runs inside the transaction, so that two who change different fields of one
+        entry both get their way.
 
         Raises:
             EntryError: a name is not ours to give out.
             NotFoundError: no such entry.
             SimilarEntryError: it would become similar to another.
         """
-        entry.check_names(self.trust_domain)
-        check_entry_id(entry.id)
+        check_entry_id(entry_id)
 
         def work(repos: Repositories) -> RegistrationEntry:
+            entry = replace(change(repos.entries.get(entry_id)), id=entry_id)
+            entry.check_names(self.trust_domain)
             _check_federation(repos, entry)
             made = repos.entries.update(entry)
             repos.audit.add("entry.update", made.id)

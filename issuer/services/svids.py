@@ -1,12 +1,13 @@
 """Signing for agents and operators (SPIRE API 5.3; architecture A6)."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from ca.clock import Clock
-from ca.csr import mint_request_of, public_key_of
+from ca.csr import CsrError, mint_request_of, public_key_of
 from ca.journal import AuthorityKind
 from ca.jwt import JwtProfile, SignedJwt, sign_jwt
 from ca.rotator import Rotator
@@ -14,11 +15,14 @@ from ca.x509 import CheckedProfile, SignedX509, prepare_x509, sign_x509
 from issuer.services.hub import Hub
 from issuer.store.authorities import IssuedRow
 from issuer.store.store import Repositories, Store
+from spiffe_core.agent import key_hash_of
 from spiffe_core.crashpoints import crash_point
 from spiffe_core.entry import RegistrationEntry
 from spiffe_core.errors import MalformedError, NotFoundError, SpiffeError
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
+from spiffe_wire.logs import event
 
+_log = logging.getLogger(__name__)
 YIELD_EVERY = 16
 """Signatures between two turns of the event loop: about 3 ms."""
 
@@ -61,13 +65,17 @@ class SvidService:
         rows = []
         for number, item in enumerate(wanted, 1):
             try:
+                if item.entry_id and not item.csr:
+                    raise CsrError("missing CSR")
                 entry = self._entry_for(agent, item.entry_id)
-                signed = self._sign(entry, public_key_of(item.csr, refused=refused))
+                public_key = public_key_of(item.csr, refused=refused)
+                self.check_unclaimed(public_key, agent)
+                signed = self._sign(entry, public_key)
             except SpiffeError as error:
                 answers.append(error)
             else:
                 answers.append(signed)
-                rows.append(_x509_row(signed, entry.id, agent.uri))
+                rows.append(issued_x509(signed, entry.id, agent.uri))
             if number % YIELD_EVERY == 0:
                 await asyncio.sleep(0)
         await self._record(rows)
@@ -104,6 +112,7 @@ class SvidService:
             CsrError: the request breaks a rule.
         """
         request = mint_request_of(csr, self.trust_domain, refused=self._authority_keys())
+        self.check_unclaimed(request.public_key, None)
         signed = sign_x509(
             prepare_x509(
                 self.x509_profile,
@@ -115,7 +124,8 @@ class SvidService:
                 dns_names=request.dns_names,
             )
         )
-        await self._record([_x509_row(signed, "", actor)], audited="x509.mint", actor=actor)
+        self._note_clamped(signed.clamped, signed.svid.validity.not_after)
+        await self._record([issued_x509(signed, "", actor)], audited="x509.mint", actor=actor)
         return signed
 
     async def mint_jwt(
@@ -144,18 +154,34 @@ class SvidService:
 
     def key_of(self, csr: bytes) -> bytes:
         """
-        Return the public key of an agent's CSR.
+        Return the public key of a CSR.
 
         Raises:
-            CsrError: the CSR is missing or breaks a rule.
+            CsrError: the CSR is missing, breaks a rule, or its key is an authority's.
         """
         return public_key_of(csr, refused=self._authority_keys())
 
-    async def sign_own(
+    def check_unclaimed(self, public_key: bytes, holder: SpiffeId | None) -> None:
+        """
+        See that no live node but *holder* has *public_key* for its own (SEC-20).
+
+        Raises:
+            CsrError: another has.
+        """
+        found = self.hub.index.holder_of(key_hash_of(public_key), self.clock.now())
+        if found not in (None, holder):
+            raise CsrError("malformed CSR: its key is another node's")
+
+    def sign_reserved(
         self, spiffe_id: SpiffeId, public_key: bytes, ttl: timedelta
     ) -> SignedX509:
-        """Sign an SVID of a reserved ID, for a server or an agent."""
-        signed = sign_x509(
+        """
+        Sign an SVID of a server or an agent; the caller puts it on record.
+
+        Raises:
+            NotReadyError: no X.509 authority is active.
+        """
+        return sign_x509(
             prepare_x509(
                 self.x509_profile,
                 self.rotator.x509,
@@ -165,7 +191,13 @@ class SvidService:
                 ttl=ttl,
             )
         )
-        await self._record([_x509_row(signed, "", spiffe_id.uri)])
+
+    async def sign_own(
+        self, spiffe_id: SpiffeId, public_key: bytes, ttl: timedelta
+    ) -> SignedX509:
+        """Sign the server's own SVID, and put it on record."""
+        signed = self.sign_reserved(spiffe_id, public_key, ttl)
+        await self._record([issued_x509(signed, "", spiffe_id.uri)])
         return signed
 
     def _entry_for(self, agent: SpiffeId, entry_id: str) -> RegistrationEntry:
@@ -190,7 +222,13 @@ class SvidService:
         )
 
     def _authority_keys(self) -> frozenset[bytes]:
-        return frozenset({self.rotator.x509.key.public_key, self.rotator.jwt.key.public_key})
+        """Of every authority that is trusted: to come, signing, or retired."""
+        signing = {self.rotator.x509.key.public_key, self.rotator.jwt.key.public_key}
+        return self.hub.authority_keys | signing
+
+    def _note_clamped(self, clamped: bool, until: datetime) -> None:
+        if clamped:
+            event(_log, logging.WARNING, "svid_lives_shorter_than_asked", until=until)
 
     async def _record(
         self, rows: Sequence[IssuedRow], *, audited: str = "", actor: str = "issuer"
@@ -212,7 +250,8 @@ class SvidService:
         self.on_issued(rows[0].kind.value, len(rows))
 
 
-def _x509_row(signed: SignedX509, entry_id: str, caller: str) -> IssuedRow:
+def issued_x509(signed: SignedX509, entry_id: str, caller: str) -> IssuedRow:
+    """What goes on record of an X509-SVID."""
     svid = signed.svid
     return IssuedRow(
         AuthorityKind.X509, svid.serial, svid.spiffe_id.uri, entry_id, signed.authority_id,

@@ -56,7 +56,7 @@ def bundle_from_wire(message: Any) -> Bundle:
             JwtAuthority(
                 one.key_id,
                 one.public_key,
-                datetime.fromtimestamp(one.expires_at, UTC) if one.expires_at else None,
+                _instant(one.expires_at),
                 one.tainted,
             )
             for one in message.jwt_authorities
@@ -64,3 +64,10 @@ def bundle_from_wire(message: Any) -> Bundle:
         message.sequence_number,
         timedelta(seconds=message.refresh_hint) if message.refresh_hint else None,
     )
+
+
+def _instant(seconds: int) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(seconds, UTC) if seconds else None
+    except (OverflowError, ValueError, OSError) as error:
+        raise MalformedError("an instant is out of range") from error
