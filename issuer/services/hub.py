@@ -131,7 +131,7 @@ class Hub:
             seq, entries, agents, bundles = await self._store.read(load)
             for number, entry in enumerate(entries):
                 index.put_entry(entry)
-                if number % 500 == 499:
+                if number % 100 == 99:
                     await asyncio.sleep(0)
             for agent in agents:
                 index.put_agent(agent)

@@ -23,8 +23,11 @@ from spiffe_core.spiffeid import SpiffeId, TrustDomain
 from spiffe_wire.logs import event
 
 _log = logging.getLogger(__name__)
-YIELD_EVERY = 16
-"""Signatures between two turns of the event loop: about 3 ms."""
+YIELD_EVERY = 4
+"""
+Signatures between two turns of the event loop: about 1.5 ms, so that one who waits for a
+timer and then for a future, three turns in all, waits less than 5 ms (performance target 6).
+"""
 
 
 @dataclass(frozen=True, slots=True)
