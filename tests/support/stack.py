@@ -163,8 +163,47 @@ class Process:
             await asyncio.sleep(0.01)
 
 
+class ServerCalls:
+    """What is asked of a running server over its admin socket."""
+
+    admin_socket: Path
+    port: int
+
+    def channel(self) -> Any:
+        """A channel to its admin socket, as an async context manager."""
+        return channel_to(self.admin_socket)
+
+    async def join_token(self) -> str:
+        """A fresh join token."""
+        async with self.channel() as channel:
+            answer = await agent_pb2_grpc.AgentStub(channel).CreateJoinToken(
+                agent_pb2.CreateJoinTokenRequest(ttl=600)
+            )
+        return str(answer.value)
+
+    async def bundle_pem(self) -> str:
+        """Its bundle, as an agent gets it by hand."""
+        async with self.channel() as channel:
+            bundle = await bundle_pb2_grpc.BundleStub(channel).GetBundle(
+                bundle_pb2.GetBundleRequest()
+            )
+        return certificates_to_pem([one.asn1 for one in bundle.x509_authorities])
+
+    async def add_entry(self, path: str, parent: str, *selectors: str, **fields: Any) -> Any:
+        """Add an entry, and return it as the server stored it."""
+        async with self.channel() as channel:
+            answer = await entry_pb2_grpc.EntryStub(channel).BatchCreateEntry(
+                entry_pb2.BatchCreateEntryRequest(
+                    entries=[entry_message(path, parent, *selectors, **fields)]
+                )
+            )
+        (result,) = answer.results
+        assert result.status.code == 0, result.status.message
+        return result.entry
+
+
 @dataclass
-class ServerProcess:
+class ServerProcess(ServerCalls):
     """``issuer server run`` on files in *folder*; *changes* go into its YAML settings."""
 
     folder: Path
@@ -205,38 +244,6 @@ class ServerProcess:
 
     def _ready_events(self) -> list[dict[str, Any]]:
         return [one for one in self.process.events() if one.get("event") == "server_ready"]
-
-    def channel(self) -> Any:
-        """A channel to its admin socket, as an async context manager."""
-        return channel_to(self.admin_socket)
-
-    async def join_token(self) -> str:
-        """A fresh join token."""
-        async with self.channel() as channel:
-            answer = await agent_pb2_grpc.AgentStub(channel).CreateJoinToken(
-                agent_pb2.CreateJoinTokenRequest(ttl=600)
-            )
-        return str(answer.value)
-
-    async def bundle_pem(self) -> str:
-        """Its bundle, as an agent gets it by hand."""
-        async with self.channel() as channel:
-            bundle = await bundle_pb2_grpc.BundleStub(channel).GetBundle(
-                bundle_pb2.GetBundleRequest()
-            )
-        return certificates_to_pem([one.asn1 for one in bundle.x509_authorities])
-
-    async def add_entry(self, path: str, parent: str, *selectors: str, **fields: Any) -> Any:
-        """Add an entry, and return it as the server stored it."""
-        async with self.channel() as channel:
-            answer = await entry_pb2_grpc.EntryStub(channel).BatchCreateEntry(
-                entry_pb2.BatchCreateEntryRequest(
-                    entries=[entry_message(path, parent, *selectors, **fields)]
-                )
-            )
-        (result,) = answer.results
-        assert result.status.code == 0, result.status.message
-        return result.entry
 
 
 def entry_message(path: str, parent: str, *selectors: str, **fields: Any) -> Any:
