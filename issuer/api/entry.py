@@ -30,8 +30,8 @@ from spiffe_wire.pb.spire.api.types import entry_pb2 as types_pb2
 SYNC_PAGE: Final = 500  # SPIRE API 5.1.1
 MAX_ENTRY_BYTES: Final = 256 * 1024
 """On the wire: an entry must fit into an answer, with many others (SEC-80)."""
-TURN: Final = 16
-"""Items of a batch that are begun between two turns of the event loop: about 1 ms."""
+TURN: Final = 8
+"""Items of a batch that are begun between two turns of the event loop: below 1 ms."""
 PART_BYTES: Final = 1024 * 1024
 
 
