@@ -15,12 +15,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Final
 
 from prometheus_client import generate_latest
 
-from spiffe_core.errors import SpiffeError
+from spiffe_core.errors import ErrorKind, SpiffeError
 from spiffe_core.spiffeid import TrustDomain
 from spiffe_wire.backoff import Backoff
 from spiffe_wire.frontdoor.dialer import Dialer
@@ -50,6 +49,13 @@ from workload_api.sync.syncer import Syncer
 
 _log = logging.getLogger(__name__)
 WORKLOAD_MESSAGE_BYTES: Final = 64 * 1024  # security requirements, table 1
+# What a server may answer to an attestation that can yet succeed (SPIRE API 2.3).
+_PASSING: Final = frozenset(
+    {
+        ErrorKind.NOT_READY, ErrorKind.EXHAUSTED, ErrorKind.INTERNAL, ErrorKind.DEADLINE,
+        ErrorKind.ABORTED,
+    }
+)  # fmt: skip
 STOP_GRACE: Final = timedelta(seconds=3)
 
 
@@ -125,6 +131,7 @@ async def serve(settings: AgentSettings, join_token: str = "") -> AsyncIterator[
         metrics = AgentMetrics()
         running = asyncio.create_task(_run(node, dialer, syncer, join_token, known=known))
         stack.push_async_callback(_cancel, running)
+        stack.callback(syncer.tokens.clear)
         agent = Agent(settings, cache, node, syncer, metrics, running)
         await _open_sockets(stack, agent)
         event(_log, logging.INFO, "agent_serving", socket=settings.workload_socket)
@@ -143,7 +150,7 @@ async def _run(
         except SpiffeError as error:
             syncer.state.problem = dialer.problem or str(error)
             event(_log, logging.WARNING, "attestation_failed", why=syncer.state.problem)
-            if not dialer.problem and error.kind.name not in ("NOT_READY", "EXHAUSTED"):
+            if not dialer.problem and error.kind not in _PASSING:
                 raise
             await asyncio.sleep(backoff.next().total_seconds())
     await syncer.run()
@@ -161,7 +168,6 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
         [UnixAttestor(hash_executables=settings.workloads.hash_executables)]
     )
     stack.callback(attestation.close)
-    stopping = asyncio.Event()
     workload = WorkloadServicer(
         cache,
         attestation,
@@ -170,7 +176,6 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
         metrics,
         _now,
         settings.workloads.no_identity_grace,
-        stopping,
     )
 
     def register_public(server: Any) -> None:
@@ -221,7 +226,7 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
         agent.status_port = status.port
 
     async def stop() -> None:
-        stopping.set()  # streams end with UNAVAILABLE first, so that clients come back
+        workload.stop()
         await asyncio.sleep(0.05)
         await public.close(STOP_GRACE)
 

@@ -1,14 +1,17 @@
 """
 What this agent can serve: entries, SVIDs and bundles, and who waits for changes of them.
 
-Source: architecture A8, A14.  SVIDs are held as DER, not as objects.
+Source: architecture A2, A8, A14; SEC-47.  SVIDs are held as DER, not as objects.  A change
+wakes those whom it concerns: on a node with a thousand streams the others do not even look.
 """
 
 import asyncio
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Final
 
 from spiffe_core.bundle import Bundle, BundleSet
 from spiffe_core.decision import Decision, decide
@@ -16,7 +19,10 @@ from spiffe_core.entry import RegistrationEntry
 from spiffe_core.lifetime import Validity
 from spiffe_core.selector import SelectorSet
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
+from spiffe_wire.logs import event
 from workload_api.cache.index import SelectorIndex
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +59,51 @@ class View:
     """Our own, and those that the matched entries federate with."""
 
     @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for views that make equal responses."""
-        return (
-            tuple(
-                (one.entry.id, one.svid.serial_number, one.entry.hint)
-                for one in self.identities
-            ),
-            tuple((name, id(bundle)) for name, bundle in self.bundles.items()),
+    def identity_key(self) -> tuple[object, ...]:
+        """Equal for views whose identities are the same."""
+        return tuple(
+            (one.entry.id, one.svid.serial_number, one.entry.hint) for one in self.identities
         )
+
+    @property
+    def bundle_key(self) -> tuple[object, ...]:
+        """Equal for views whose bundles are the same, for as long as one of them lives."""
+        return tuple((name, id(bundle)) for name, bundle in self.bundles.items())
+
+    @property
+    def ends_at(self) -> datetime | None:
+        """When the next of the matched entries expires; None for never."""
+        ends = [one.expires_at for one in self.decision.matched if one.expires_at is not None]
+        return min(ends, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Whom a change concerns: processes that match one of *entries*, or everybody."""
+
+    entries: tuple[RegistrationEntry, ...] = ()
+    """As they are now, and as they were before."""
+    everybody: bool = False
+
+    def __bool__(self) -> bool:
+        return self.everybody or bool(self.entries)
+
+
+EVERYBODY: Final = Change(everybody=True)
+MAX_COMPARISONS: Final = 20_000
+"""Entries times waiters; beyond it, looking who is concerned costs more than waking all."""
 
 
 @dataclass(eq=False, slots=True)
 class Waiter:
     """Latest-only: however much changed, one who is slow looks once."""
 
+    selectors: SelectorSet | None = None
+    """What was learnt of who waits; None: not known yet, so that everything concerns it."""
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _committed_at_micros: int = 0
 
-    def wake(self, committed_at_micros: int) -> None:
+    def wake(self, committed_at_micros: int = 0) -> None:
         """Something changed; the oldest commit that is not taken yet counts."""
         if not self._changed.is_set():
             self._committed_at_micros = committed_at_micros
@@ -82,6 +114,11 @@ class Waiter:
         await self._changed.wait()
         self._changed.clear()
         return self._committed_at_micros
+
+    def is_concerned(self, entries: Iterable[RegistrationEntry]) -> bool:
+        """True when who waits matches one of *entries*."""
+        known = self.selectors
+        return known is None or any(entry.selectors <= known for entry in entries)
 
 
 class WorkloadCache:
@@ -128,25 +165,60 @@ class WorkloadCache:
         removed: Iterable[str] = (),
         bundles: Iterable[Bundle] = (),
         removed_domains: Iterable[TrustDomain] = (),
-    ) -> None:
-        """Take over what the server said; nobody is woken yet."""
+        unread_domains: Iterable[TrustDomain] = (),
+    ) -> Change:
+        """
+        Take over what the server said, and return whom it concerns; nobody is woken yet.
+
+        *unread_domains* are those whose bundle came and broke a rule: the last good one is
+        kept (IOP-26).
+        """
         if snapshot:
             entries, bundles = list(entries), list(bundles)
             keep = {entry.id for entry in entries}
             removed = [entry.id for entry in self.index.all() if entry.id not in keep]
-            names = {bundle.trust_domain for bundle in bundles}
+            names = {bundle.trust_domain for bundle in bundles} | set(unread_domains)
             removed_domains = [name for name in self.bundles if name not in names]
+        concerned: list[RegistrationEntry] = []
         for entry in entries:
-            self.index.put(entry)
+            concerned += self._put(entry)
         for entry_id in list(removed):
-            self.index.drop(entry_id)
-            self.svids.pop(entry_id, None)
+            concerned += self._drop(entry_id)
+        everybody = False
         for bundle in bundles:
-            if self.bundles.get(bundle.trust_domain) != bundle:
-                self.bundles[bundle.trust_domain] = bundle
+            everybody |= self._put_bundle(bundle)
         for name in list(removed_domains):
-            self.bundles.pop(name, None)
+            if name != self.trust_domain:  # without it the server could not be known again
+                everybody |= self.bundles.pop(name, None) is not None
         self.ready = self.ready or snapshot
+        return Change(tuple(concerned), everybody)
+
+    def _put(self, entry: RegistrationEntry) -> list[RegistrationEntry]:
+        before = self.index.get(entry.id)
+        if before == entry:
+            return []
+        if before is not None and before.created_at != entry.created_at:
+            # Another entry under the same ID: what was signed for the old one is not its own.
+            self.svids.pop(entry.id, None)
+        self.index.put(entry)
+        return [entry] if before is None else [before, entry]
+
+    def _drop(self, entry_id: str) -> list[RegistrationEntry]:
+        before = self.index.get(entry_id)
+        self.index.drop(entry_id)
+        self.svids.pop(entry_id, None)
+        return [] if before is None else [before]
+
+    def _put_bundle(self, bundle: Bundle) -> bool:
+        before = self.bundles.get(bundle.trust_domain)
+        if before == bundle:
+            return False
+        if bundle.trust_domain == self.trust_domain and not bundle.x509_authorities:
+            event(_log, logging.ERROR, "own_bundle_empty", kept=before is not None)
+            if before is not None:  # nobody could be known by an empty one, the server least
+                return False
+        self.bundles[bundle.trust_domain] = bundle
+        return True
 
     def own_bundles(self) -> BundleSet:
         """Our own trust domain's bundle alone: what the server is verified with."""
@@ -159,16 +231,20 @@ class WorkloadCache:
         self.svids.clear()
         self.bundles.clear()
         self.ready = False
-        self.wake(0)
+        self.wake(EVERYBODY)
 
-    def wake(self, committed_at_micros: int) -> None:
-        """Tell everybody who waits to look again."""
+    def wake(self, change: Change, committed_at_micros: int = 0) -> None:
+        """Tell those whom *change* concerns to look again."""
+        everybody = (
+            change.everybody or len(change.entries) * len(self._waiters) > MAX_COMPARISONS
+        )
         for waiter in self._waiters:
-            waiter.wake(committed_at_micros)
+            if everybody or waiter.is_concerned(change.entries):
+                waiter.wake(committed_at_micros)
 
     @contextmanager
     def waiter(self) -> Iterator[Waiter]:
-        """Be woken by every change while entered."""
+        """Be woken while entered by every change that concerns the waiter."""
         waiter = Waiter()
         self._waiters.add(waiter)
         try:

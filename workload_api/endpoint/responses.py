@@ -7,9 +7,9 @@ read back before it is sent: a client that cannot parse one drops the whole upda
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from spiffe_core.bundle_document import bundle_from_document, jwks_of
+from spiffe_core.bundle_document import bundle_from_jwks, jwks_of
 from spiffe_core.der import split_certificates
 from spiffe_core.errors import InternalError, MalformedError
 from spiffe_core.spiffeid import TrustDomain
@@ -35,36 +35,39 @@ class Responses:
         Raises:
             InternalError: it would break a rule; the caller keeps the last good one.
         """
-        return self._once(("x509", *view.key), view, self._x509_svids)
+        key = ("x509", view.identity_key, view.bundle_key)
+        return self._once(key, view, self._x509_svids)
 
     def x509_bundles(self, view: View) -> bytes:
         """Return an ``X509BundlesResponse``; see `x509_svids`."""
-        return self._once(("x509-bundles", *view.key), view, self._x509_bundles)
+        return self._once(("x509-bundles", view.bundle_key), view, self._x509_bundles)
 
     def jwt_bundles(self, view: View) -> bytes:
         """Return a ``JWTBundlesResponse``; see `x509_svids`."""
-        return self._once(("jwt-bundles", *view.key), view, self._jwt_bundles)
+        return self._once(("jwt-bundles", view.bundle_key), view, self._jwt_bundles)
 
-    def _once(
-        self, key: tuple[object, ...], view: View, build: Callable[[View], bytes]
-    ) -> bytes:
+    def _once(self, key: tuple[object, ...], view: View, build: Callable[[View], Any]) -> bytes:
         found = self._made.get(key)
         if found is not None:
             self._made.move_to_end(key)
             return found[1]
+        if self._trust_domain not in view.bundles:
+            raise InternalError("our own bundle is not known")
         try:
-            made = build(view)
+            # Maps in one order, so that equal content is equal bytes and is not sent twice.
+            made = bytes(build(view).SerializeToString(deterministic=True))
         except MalformedError as error:
             raise InternalError("a response would break a rule; it was not sent") from error
         if len(made) > MAX_BYTES:
             raise InternalError("a response would be over 4 MiB: federate with fewer domains")
-        # The view is kept beside its bytes: its key holds ids of objects, which must live.
-        self._made[key] = view, made
+        # The bundles are kept beside the bytes: the key holds their ids, which must not be
+        # given to other objects.
+        self._made[key] = view.bundles, made
         while len(self._made) > KEPT:
             self._made.popitem(last=False)
         return made
 
-    def _x509_svids(self, view: View) -> bytes:
+    def _x509_svids(self, view: View) -> Any:
         own = view.bundles[self._trust_domain].x509_der()
         split_certificates(own)
         response = workloadapi_pb2.X509SVIDResponse()
@@ -88,23 +91,24 @@ class Responses:
         for name, bundle in view.bundles.items():
             if name != self._trust_domain and bundle.x509_authorities:  # IOP-08
                 response.federated_bundles[name.id.uri] = bundle.x509_der()
-        return bytes(response.SerializeToString())
+        return response
 
-    def _x509_bundles(self, view: View) -> bytes:
+    def _x509_bundles(self, view: View) -> Any:
         response = workloadapi_pb2.X509BundlesResponse()
         for name, bundle in view.bundles.items():
             if bundle.x509_authorities:
                 response.bundles[name.id.uri] = bundle.x509_der()
         if self._trust_domain.id.uri not in response.bundles:  # WAPI-29
             raise InternalError("our own bundle has no X.509 authority")
-        return bytes(response.SerializeToString())
+        return response
 
-    def _jwt_bundles(self, view: View) -> bytes:
+    def _jwt_bundles(self, view: View) -> Any:
         response = workloadapi_pb2.JWTBundlesResponse()
         for name, bundle in view.bundles.items():
             if not bundle.jwt_authorities and name != self._trust_domain:
                 continue
             keys = jwks_of(bundle)
-            bundle_from_document(name, keys)
+            if len(bundle_from_jwks(name, keys).jwt_authorities) != len(bundle.jwt_authorities):
+                raise InternalError("a JWK Set does not read back")
             response.bundles[name.id.uri] = keys
-        return bytes(response.SerializeToString())
+        return response

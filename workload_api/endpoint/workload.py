@@ -6,9 +6,10 @@ fields → caller attested and entitled → serve.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -16,12 +17,10 @@ from typing import Any, Final
 import grpc
 
 from spiffe_core.errors import (
-    ErrorKind,
     ForbiddenError,
     InternalError,
     MalformedError,
     NotReadyError,
-    SpiffeError,
     UnsupportedError,
 )
 from spiffe_core.jwtsvid import JwtSvid, JwtSvidError, verify_jwt_svid
@@ -30,15 +29,18 @@ from spiffe_wire.frontdoor.peer import PeerGoneError, UnixPeer, unix_peer_of
 from spiffe_wire.logs import event
 from spiffe_wire.pb import workloadapi_pb2, workloadapi_pb2_grpc
 from workload_api.agent.metrics import AgentMetrics
+from workload_api.attestors.protocol import Attested
 from workload_api.attestors.registry import Attestation
-from workload_api.cache.cache import View, Waiter, WorkloadCache
+from workload_api.cache.cache import EVERYBODY, View, Waiter, WorkloadCache
 from workload_api.endpoint.responses import Responses
 from workload_api.sync.tokens import TokenCache
 
 _log = logging.getLogger(__name__)
-REATTEST_SECONDS: Final = 30.0  # SEC-36
+REATTEST_INTERVAL: Final = timedelta(seconds=30)  # SEC-36
 FIRST_SVID_SECONDS: Final = 5.0
-"""How long a call waits for an SVID that is being signed."""
+"""How long a call waits for its first SVID, which is being signed."""
+WHOLE_SECONDS: Final = 0.5
+"""How long a first message waits for the other SVIDs, when one is there."""
 HELD_PER_UID: Final = 100  # callers without an identity that are held back at once
 MAX_AUDIENCES: Final = 16  # SEC-26
 MAX_AUDIENCE_BYTES: Final = 255
@@ -64,11 +66,12 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
     metrics: AgentMetrics
     now: Callable[[], datetime]
     no_identity_grace: timedelta
-    stopping: asyncio.Event
+    reattest_interval: timedelta = REATTEST_INTERVAL
+    stopping: bool = False
     _held: Counter[int] = field(default_factory=Counter)
 
     async def FetchX509SVID(self, request: Any, context: Any) -> AsyncIterator[bytes]:
-        async for message in self._stream(context, self.responses.x509_svids, hold=True):
+        async for message in self._stream(context, self.responses.x509_svids, svids=True):
             yield message
 
     async def FetchX509Bundles(self, request: Any, context: Any) -> AsyncIterator[bytes]:
@@ -86,8 +89,7 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
         view = await self._view(peer)
         entries = [one for one in view.decision.matched if wanted in (None, one.spiffe_id)]
         if not entries:
-            self.metrics.denials.inc()
-            raise NoIdentityError(_NO_IDENTITY.format(pid=peer.pid))
+            raise self._denied(peer)
         response = workloadapi_pb2.JWTSVIDResponse()
         for entry in entries:
             svid = await self.tokens.get(entry, audience)
@@ -103,8 +105,7 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
             raise MalformedError("svid must be specified")
         view = await self._view(peer)
         if not view.decision.matched:
-            self.metrics.denials.inc()
-            raise NoIdentityError(_NO_IDENTITY.format(pid=peer.pid))
+            raise self._denied(peer)
         svid = verify_jwt_svid(
             request.svid, view.bundles, audience=request.audience, at=self.now()
         )
@@ -132,113 +133,186 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
         return claims
 
     def _ready(self, context: Any) -> UnixPeer:
-        if self.stopping.is_set():
+        if self.stopping:
             raise NotReadyError("the agent is stopping")
         if not self.cache.ready:
             raise NotReadyError("the agent has not heard from its server yet")
         return unix_peer_of(context)
 
+    def stop(self) -> None:
+        """End every stream with UNAVAILABLE, so that clients come back (IOP-10)."""
+        self.stopping = True
+        self.cache.wake(EVERYBODY)
+
     async def _view(self, peer: UnixPeer) -> View:
-        attested = await self.attestation.attest(peer)
+        return self._look(await self.attestation.attest(peer))
+
+    def _look(self, attested: Attested) -> View:
         return self.cache.view(attested.selectors, attested.partial, self.now())
 
     async def _stream(
-        self, context: Any, build: Callable[[View], bytes], *, hold: bool = False
+        self, context: Any, build: Callable[[View], bytes], *, svids: bool = False
     ) -> AsyncIterator[bytes]:
         """The full state at once, and again whenever it changes (WAPI-08 to WAPI-10)."""
         peer = self._ready(context)
-        with self.cache.waiter() as waiter:
-            view = await self._first_view(peer, waiter, hold=hold)
-            last = b""
-            committed_at = 0
+        with self.cache.waiter() as waiter, _told_of_the_end(peer, waiter):
+            stream = _Stream(peer, waiter, build, svids=svids)
+            await self._begin(stream)
             while True:
-                message = self._built(build, view, last)
-                if message != last:
+                message = self._built(stream)
+                if message != stream.last:
                     peer.check_alive()
-                    self.metrics.on_delivered(committed_at)
+                    self.metrics.on_delivered(stream.committed_at)
+                    stream.last = message
                     yield message
-                    last = message
-                committed_at = await self._next(peer, waiter)
-                try:
-                    view = await self._view(peer)
-                except SpiffeError as error:
-                    if (
-                        isinstance(error, PeerGoneError)
-                        or error.kind is not ErrorKind.NOT_READY
-                    ):
-                        raise
-                    raise NotReadyError(str(error)) from error
-                if not view.decision.matched:
-                    self.metrics.denials.inc()
-                    raise NoIdentityError(_NO_IDENTITY.format(pid=peer.pid))
+                await self._changed(stream)
 
-    async def _first_view(self, peer: UnixPeer, waiter: Waiter, *, hold: bool) -> View:
+    async def _begin(self, stream: "_Stream") -> None:
         """
-        The first view with an identity in it.
+        Come to a first view with something to send.
 
         A caller that matches nothing is held back for a moment on FetchX509SVID alone, so
         that one who comes shortly before its entry need not wait out its own back-off; it
         holds no attestation slot meanwhile.
         """
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        grace = self.no_identity_grace.total_seconds() if hold else 0.0
-        held = self._held[peer.uid] < HELD_PER_UID
-        self._held[peer.uid] += 1
-        try:
+        started = asyncio.get_running_loop().time()
+        with contextlib.ExitStack() as holding:
             while True:
-                view = await self._view(peer)
-                if view.identities and not (view.missing and loop.time() - started < 1.0):
-                    return view
-                limit = FIRST_SVID_SECONDS if view.decision.matched else grace * held
-                left = started + limit - loop.time()
-                if left <= 0:
+                await self._attest(stream)
+                if not stream.view.decision.matched:
+                    if not stream.held and not (stream.svids and self._may_hold(stream.peer)):
+                        break
+                    if not stream.held:
+                        stream.held = True
+                        holding.enter_context(self._holding(stream.peer.uid))
+                    limit = self.no_identity_grace.total_seconds()
+                elif not stream.svids or not stream.view.missing:
+                    return
+                else:
+                    limit = WHOLE_SECONDS if stream.view.identities else FIRST_SVID_SECONDS
+                if not await self._woken(stream, started + limit):
                     break
-                try:
-                    async with asyncio.timeout(left):
-                        await self._next(peer, waiter)
-                except TimeoutError:
-                    continue
-        finally:
-            self._held[peer.uid] -= 1
-            if not self._held[peer.uid]:
-                del self._held[peer.uid]
-        if view.identities:
-            return view
-        if view.decision.matched:
+        if not stream.view.decision.matched:
+            event(_log, logging.INFO, "no_identity", pid=stream.peer.pid, uid=stream.peer.uid)
+            raise self._denied(stream.peer)
+        if not stream.view.identities:
             raise NotReadyError("the identity is being signed; try again")
-        self.metrics.denials.inc()
-        event(_log, logging.INFO, "no_identity", pid=peer.pid, uid=peer.uid)
-        raise NoIdentityError(_NO_IDENTITY.format(pid=peer.pid))
 
-    def _built(self, build: Callable[[View], bytes], view: View, last: bytes) -> bytes:
+    def _may_hold(self, peer: UnixPeer) -> bool:
+        return bool(self.no_identity_grace) and self._held[peer.uid] < HELD_PER_UID
+
+    @contextlib.contextmanager
+    def _holding(self, uid: int) -> Iterator[None]:
+        self._held[uid] += 1
         try:
-            return build(view) if view.identities else last
+            yield
+        finally:
+            self._held[uid] -= 1
+            if not self._held[uid]:
+                del self._held[uid]
+
+    async def _changed(self, stream: "_Stream") -> None:
+        """
+        Return when there may be something to send, attested anew (SEC-36).
+
+        Being woken costs a look with what was learnt before; only what a push would come of
+        is worth an attestation.
+        """
+        loop = asyncio.get_running_loop()
+        while loop.time() < stream.attest_at:
+            await self._woken(stream, self._look_at(stream))
+            stream.view = self._look(stream.attested)
+            if not stream.view.decision.matched or self._built(stream) != stream.last:
+                break
+        await self._attest(stream)
+        if not stream.view.decision.matched:
+            raise self._denied(stream.peer)
+
+    async def _attest(self, stream: "_Stream") -> None:
+        stream.attested = await self.attestation.attest(stream.peer)
+        # From here to the look nothing is awaited: a change is seen, or wakes the waiter.
+        stream.waiter.selectors = stream.attested.selectors
+        stream.view = self._look(stream.attested)
+        stream.attest_at = (
+            asyncio.get_running_loop().time() + self.reattest_interval.total_seconds()
+        )
+
+    def _look_at(self, stream: "_Stream") -> float:
+        """When to look though nothing woke us: to attest, or when an entry expires."""
+        if stream.view.ends_at is None:
+            return stream.attest_at
+        left = (stream.view.ends_at - self.now()).total_seconds()
+        return min(stream.attest_at, asyncio.get_running_loop().time() + max(left, 0.01))
+
+    async def _woken(self, stream: "_Stream", until: float) -> bool:
+        """
+        Wait for a change until *until* on the loop's clock; return whether one came.
+
+        Raises:
+            PeerGoneError: the process or its connection has ended.
+            NotReadyError: the agent stops.
+        """
+        woken = True
+        try:
+            async with asyncio.timeout_at(until):
+                stream.committed_at = await stream.waiter.wait()
+        except TimeoutError:
+            stream.committed_at, woken = 0, False
+        stream.peer.check_alive()
+        if stream.peer.exited().cancelled():
+            raise PeerGoneError("the connection has ended")
+        if self.stopping:
+            raise NotReadyError("the agent is stopping")
+        return woken
+
+    def _built(self, stream: "_Stream") -> bytes:
+        """The message for the present view, or the last one when that cannot be built."""
+        if stream.svids and not stream.view.identities:
+            return stream.last
+        try:
+            return stream.build(stream.view)
         except InternalError as error:
-            if not last:
+            if not stream.last:
                 raise NotReadyError("the answer is not ready; try again") from error
             # T-13: a client keeps its state when nothing comes, and loses it on a bad message.
             event(_log, logging.ERROR, "response_withheld", exc_info=error)
-            return last
+            return stream.last
 
-    async def _next(self, peer: UnixPeer, waiter: Waiter) -> int:
-        """Wait for a change, half a minute, the end of the process, or our own."""
-        change = asyncio.ensure_future(waiter.wait())
-        stop = asyncio.ensure_future(self.stopping.wait())
-        waited: set[asyncio.Future[Any]] = {change, stop, peer.exited()}
-        try:
-            await asyncio.wait(
-                waited,
-                timeout=REATTEST_SECONDS,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            peer.check_alive()
-            if self.stopping.is_set():
-                raise NotReadyError("the agent is stopping")  # IOP-10: never OK
-            return change.result() if change.done() else 0
-        finally:
-            change.cancel()
-            stop.cancel()
+    def _denied(self, peer: UnixPeer) -> NoIdentityError:
+        self.metrics.denials.inc()
+        return NoIdentityError(_NO_IDENTITY.format(pid=peer.pid))
+
+
+@dataclass(slots=True)
+class _Stream:
+    """One stream: whose it is, what it was sent, and what is known of it."""
+
+    peer: UnixPeer
+    waiter: Waiter
+    build: Callable[[View], bytes]
+    svids: bool
+    """It carries X509-SVIDs, and so has nothing to say without one."""
+    last: bytes = b""
+    committed_at: int = 0
+    attest_at: float = 0.0
+    held: bool = False
+    attested: Attested = field(init=False)
+    view: View = field(init=False)
+
+
+@contextlib.contextmanager
+def _told_of_the_end(peer: UnixPeer, waiter: Waiter) -> Iterator[None]:
+    """Wake *waiter* when the process or its connection ends."""
+
+    def wake(_: "asyncio.Future[None]") -> None:
+        waiter.wake()
+
+    exited = peer.exited()
+    exited.add_done_callback(wake)
+    try:
+        yield
+    finally:
+        exited.remove_done_callback(wake)
 
 
 def register(servicer: WorkloadServicer, server: Any) -> None:

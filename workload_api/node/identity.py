@@ -33,7 +33,7 @@ from spiffe_wire.pb.spire.api.types import attestation_pb2
 from spiffe_wire.status import error_of
 from workload_api.agent.storage import AgentStorage, NodeState
 from workload_api.cache.cache import WorkloadCache
-from workload_api.node.keys import make_csr, make_key
+from workload_api.node.keys import authority_of, check_key, make_csr, make_key
 
 _log = logging.getLogger(__name__)
 ATTEST_TIMEOUT = 30.0
@@ -83,7 +83,15 @@ class NodeIdentity:
         state = await asyncio.to_thread(self.storage.load_node)
         if state is None or not state.chain:
             return False
-        svid = X509Svid.from_chain(state.chain)
+        try:
+            svid = X509Svid.from_chain(state.chain)
+        except MalformedError as error:
+            raise InternalError(f"the identity on disk is no X509-SVID: {error}") from error
+        if svid.spiffe_id.trust_domain != self.trust_domain:
+            raise PreconditionError(
+                f"the identity on disk is of {svid.spiffe_id.trust_domain}: use another "
+                f"data_dir for {self.trust_domain}"
+            )
         if not svid.validity.covers(self.now()):
             event(_log, logging.WARNING, "own_svid_expired", at=svid.validity.not_after)
             return False
@@ -172,8 +180,17 @@ class NodeIdentity:
         event(_log, logging.INFO, "own_svid_renewed", until=self._own().validity.not_after)
 
     def renew_due(self) -> bool:
-        """True from half-life on."""
-        return self.svid is not None and self.now() >= renew_at(self.svid.validity)
+        """True from half-life on, and once the authority that signed us is tainted."""
+        if self.svid is None:
+            return False
+        return self.now() >= renew_at(self.svid.validity) or self._is_tainted(self.svid)
+
+    def _is_tainted(self, svid: X509Svid) -> bool:
+        own = self.cache.bundles.get(self.trust_domain)
+        tainted = (
+            {one.authority_id for one in own.x509_authorities if one.tainted} if own else {}
+        )
+        return bool(tainted) and authority_of(svid.chain[-1]) in tainted
 
     async def forget(self) -> None:
         """The server does not know us any more: remove every key."""
@@ -182,7 +199,15 @@ class NodeIdentity:
 
     async def _take(self, chain: tuple[bytes, ...], key: bytes) -> None:
         crash_point("agent.reply_got")
-        svid = X509Svid.from_chain(chain)
+        try:
+            svid = X509Svid.from_chain(chain)
+            check_key(key, chain)
+        except MalformedError as error:
+            raise InternalError(
+                "the server answered something that is no SVID of ours"
+            ) from error
+        if svid.spiffe_id.trust_domain != self.trust_domain:
+            raise InternalError("the server answered an SVID of another trust domain")
         await asyncio.to_thread(self.storage.save_node, NodeState(key, chain))
         crash_point("agent.identity_saved")
         self.svid, self._key = svid, key

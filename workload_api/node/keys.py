@@ -4,6 +4,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from spiffe_core.errors import MalformedError
 from spiffe_core.keys import KeyKind
 from spiffe_core.spiffeid import SpiffeId
 
@@ -38,3 +39,36 @@ def make_csr(key: bytes, spiffe_id: SpiffeId | None = None) -> bytes:
         builder = builder.add_extension(x509.SubjectAlternativeName([uri]), critical=True)
     signed = builder.sign(private, hashes.SHA256())  # type: ignore[arg-type]  # EC or RSA
     return signed.public_bytes(serialization.Encoding.DER)
+
+
+def check_key(key: bytes, chain: tuple[bytes, ...]) -> None:
+    """
+    See that *key* is a private key, and that of the leaf of *chain* when there is one.
+
+    Raises:
+        MalformedError: it is not.
+    """
+    try:
+        private = serialization.load_der_private_key(key, password=None)
+        leaf = x509.load_der_x509_certificate(chain[0]) if chain else None
+    except (ValueError, TypeError) as error:
+        raise MalformedError("key or certificate cannot be read") from error
+    if leaf is not None and leaf.public_key() != private.public_key():
+        raise MalformedError("the key is not that of the certificate")
+
+
+def authority_of(leaf: bytes) -> str:
+    """
+    Return the ID of the authority that signed *leaf*; empty when it does not say.
+
+    Raises:
+        MalformedError: not a certificate whose extensions can be read.
+    """
+    try:
+        extensions = x509.load_der_x509_certificate(leaf).extensions
+        found = extensions.get_extension_for_class(x509.AuthorityKeyIdentifier)
+    except x509.ExtensionNotFound:
+        return ""
+    except ValueError as error:
+        raise MalformedError("certificate cannot be read") from error
+    return (found.value.key_identifier or b"").hex()
