@@ -4,8 +4,9 @@ A thin client of the Workload API for asyncio (WEP-11, WEP-18, WAPI-06 to WAPI-1
 It asks and parses; sources that stay fresh by themselves will be built on it.
 """
 
+import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ from spiffe_wire.security_header import METADATA
 from spiffe_wire.status import error_of
 
 TIMEOUT = 30.0
-"""Seconds for a unary call."""
+"""Seconds for a call that asks once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +84,15 @@ class WorkloadClient:
         Raises:
             SpiffeError: how the agent ended the stream; retry all but MalformedError.
         """
-        request = workloadapi_pb2.X509SVIDRequest()
-        call = self._stub.FetchX509SVID(request, metadata=METADATA)
-        try:
-            async for message in call:
-                yield _x509_context(message)
-        except grpc.aio.AioRpcError as error:
-            raise error_of(error) from error
-        finally:
-            call.cancel()
+        async with contextlib.aclosing(self._x509(None)) as contexts:
+            async for context in contexts:
+                yield context
 
     async def fetch_x509(self) -> X509Context:
         """Return the present state; see `watch_x509`."""
-        async for context in self.watch_x509():
-            return context
+        async with contextlib.aclosing(self._x509(TIMEOUT)) as contexts:
+            async for context in contexts:
+                return context
         raise InternalError("the agent ended the stream without an answer")
 
     async def fetch_jwt(
@@ -115,7 +111,10 @@ class WorkloadClient:
             self._stub.FetchJWTSVID(request, timeout=TIMEOUT, metadata=METADATA)
         )
         with _blames_the_agent():
-            return tuple(JwtSvid.parse_unverified(one.svid) for one in answer.svids)
+            svids = tuple(JwtSvid.parse_unverified(one.svid) for one in answer.svids)
+        if not svids:
+            raise InternalError("the agent sent an answer without an SVID")
+        return svids
 
     async def validate_jwt(
         self, token: str, audience: str
@@ -137,18 +136,10 @@ class WorkloadClient:
 
     async def fetch_bundles(self) -> BundleSet:
         """Return the bundles of every trust domain that this workload may talk to."""
-        x509, jwt = None, None
-        streams = (
-            self._stub.FetchX509Bundles(
-                workloadapi_pb2.X509BundlesRequest(), metadata=METADATA
-            ),
-            self._stub.FetchJWTBundles(workloadapi_pb2.JWTBundlesRequest(), metadata=METADATA),
+        x509 = await self._first(
+            self._stub.FetchX509Bundles, workloadapi_pb2.X509BundlesRequest()
         )
-        try:
-            x509, jwt = [await self._ask(stream.read()) for stream in streams]
-        finally:
-            for stream in streams:
-                stream.cancel()
+        jwt = await self._first(self._stub.FetchJWTBundles, workloadapi_pb2.JWTBundlesRequest())
         with _blames_the_agent():
             names = {SpiffeId.parse(key).trust_domain for key in (*x509.bundles, *jwt.bundles)}
             return BundleSet.of(_bundle(name, x509.bundles, jwt.bundles) for name in names)
@@ -158,6 +149,27 @@ class WorkloadClient:
         stub = whoami_pb2_grpc.WhoAmIStub(self._channel)
         request = whoami_pb2.WhoAmIRequest()
         return await self._ask(stub.Get(request, timeout=TIMEOUT, metadata=METADATA))
+
+    async def _x509(self, timeout: float | None) -> AsyncGenerator[X509Context, None]:
+        request = workloadapi_pb2.X509SVIDRequest()
+        call = self._stub.FetchX509SVID(request, timeout=timeout, metadata=METADATA)
+        try:
+            async for message in call:
+                yield _x509_context(message)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        finally:
+            call.cancel()
+
+    async def _first(self, method: Any, request: Any) -> Any:
+        call = method(request, timeout=TIMEOUT, metadata=METADATA)
+        try:
+            answer = await self._ask(call.read())
+        finally:
+            call.cancel()
+        if answer is grpc.aio.EOF:
+            raise InternalError("the agent ended the stream without an answer")
+        return answer
 
     async def _ask(self, call: Any) -> Any:
         try:
@@ -182,6 +194,8 @@ def _x509_context(message: Any) -> X509Context:
         identities, bundles, hints = [], [], set()
         for one in message.svids:
             svid = X509Svid.from_chain(split_certificates(one.x509_svid))
+            if one.spiffe_id != svid.spiffe_id.uri or not one.x509_svid_key:
+                raise InternalError("the agent sent an SVID that is not whole")  # WAPI-15
             if one.hint and one.hint in hints:
                 continue  # WAPI-26: the first one counts
             hints.add(one.hint)
