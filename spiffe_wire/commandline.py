@@ -1,16 +1,16 @@
 """
-What both command lines share: exit codes, spelling of options, output, refusals.
+What both command lines share: exit codes, SPIRE's spelling, output, refusals.
 
-Only argparse is imported here, so that ``--help`` costs little more than Python itself: no
-typing, no dataclasses, and YAML, protobuf and rich when they are used.
+Cheap to import, so that ``--help`` costs little more than Python itself: no argparse (see
+`spiffe_wire.options`), no typing, no dataclasses; YAML, protobuf and rich when they are used.
 """
 
-import argparse
 import os
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any, TextIO
 
@@ -20,8 +20,6 @@ USAGE = 2
 UNREACHABLE = 3
 INTERRUPTED = 130  # what a shell says of SIGINT
 
-STYLES = ("text", "json", "yaml")
-MAX_SECONDS = 2**31 - 1  # int32 on the wire: 68 years
 RED, GREEN, YELLOW = 31, 32, 33
 
 
@@ -33,39 +31,22 @@ class CommandError(Exception):
         self.code = code
 
 
-class Help(argparse.HelpFormatter):
-    """Help as wide as the terminal, found without importing ``shutil``."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=_columns())
-
-
-def _columns() -> int:
-    given = os.environ.get("COLUMNS", "")
-    if given.isdigit() and int(given):
-        return max(40, int(given) - 2)
-    try:
-        return max(40, os.get_terminal_size(sys.stdout.fileno()).columns - 2)
-    except (OSError, ValueError):
-        return 94
-
-
-def new_parser(commands: "Any", name: str, text: str) -> argparse.ArgumentParser:
-    """Add the command *name* to *commands*; an option must be spelt out (SEC-95)."""
-    made: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}.",
-        formatter_class=Help, allow_abbrev=False,
-    )  # fmt: skip
-    return made
-
-
-def output_option(one: argparse.ArgumentParser) -> None:
-    """Add ``-o``; *pretty* is SPIRE's word for text."""
-    one.add_argument(
-        "-o", "--output", choices=STYLES, default="text", metavar="text|json|yaml",
-        type=lambda given: "text" if given == "pretty" else given,
-        help="text for people (the default), json or yaml for programs",
-    )  # fmt: skip
+def overview(program: str, text: str, commands: "Mapping[str, str]", epilog: str) -> str:
+    """Return the first page of help: every command with what it is for."""
+    width = max(map(len, commands))
+    return "\n".join(
+        (
+            f"usage: {program} [-h] [--version] COMMAND …",
+            "",
+            text,
+            "",
+            "commands:",
+            *(f"  {name:<{width}}  {what}" for name, what in commands.items()),
+            "",
+            f"`{program} COMMAND --help` explains one.  {epilog}",
+            "",
+        )
+    )
 
 
 def given_arguments(arguments: "Sequence[str]", spire: "Mapping[str, str]") -> list[str]:
@@ -88,20 +69,6 @@ def given_arguments(arguments: "Sequence[str]", spire: "Mapping[str, str]") -> l
             one = f"--{spire[name]}{equals}{value}"
         made.append(one)
     return made
-
-
-def seconds(text: str) -> int:
-    """Parse the value of an option: ``600``, ``10m`` or ``1h30m`` (an argparse type)."""
-    from spiffe_wire.settings import duration
-
-    try:
-        plain = text.isascii() and text.isdigit()
-        span = int(text) if plain else int(duration(text).total_seconds())
-    except (ValueError, OverflowError):
-        span = -1
-    if not 0 <= span <= MAX_SECONDS:
-        raise argparse.ArgumentTypeError("a time reads 600, 10m or 1h30m, at most 68 years")
-    return span
 
 
 def guarded(run: "Callable[[], int]") -> int:
@@ -253,7 +220,7 @@ def version_text(program: str) -> str:
     return f"{program} {version('spiffe-issuer')}"
 
 
-def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
+def completion_script(parser: "argparse.ArgumentParser", shell: str) -> str:
     """Return a script that completes the commands of *parser* in *shell*."""
     import shtab
 

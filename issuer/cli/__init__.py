@@ -1,20 +1,19 @@
 """
 ``issuer``: the server, and everything an operator asks of it.
 
-Each command imports what it needs when it runs, so that ``--help`` costs little more than
-Python itself.  Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 unreachable.
+Each command imports what it needs when it runs, and the first page of help imports nothing.
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 unreachable.
 """
 
 import sys
 
-from issuer.cli.grammar import SPIRE, parser
 from spiffe_wire.commandline import (
     DONE,
     USAGE,
     CommandError,
     given_arguments,
     guarded,
-    say,
+    overview,
     version_text,
 )
 
@@ -22,33 +21,53 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+TEXT = "Workload identity: the server of a SPIFFE trust domain."
+EPILOG = "Start with `issuer dev`."
+COMMANDS = {
+    "dev": "one trust domain on this machine; `-- COMMAND` runs one in it",
+    "server": "the server itself",
+    "config": "settings of the server",
+    "db": "the server's database",
+    "entry": "registration entries: which process gets which identity",
+    "token": "join tokens: how an agent joins",
+    "agent": "attested agents",
+    "bundle": "trust bundles: ours, and foreign ones exchanged by hand",
+    "x509": "X509-SVIDs",
+    "jwt": "JWT-SVIDs",
+    "explain": "why a process gets an identity, or does not",
+    "doctor": "look for what is wrong here, and say what to do",
+    "healthcheck": "exit 0 when the server is healthy",
+    "completion": "print a script that completes commands",
+}
+
 
 def main(arguments: "Sequence[str] | None" = None) -> int:
     """Run one command and return its exit code."""
-    try:
-        given = given_arguments(sys.argv[1:] if arguments is None else arguments, SPIRE)
-    except CommandError as error:
-        say(str(error))
-        return error.code
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given in ([], ["-h"], ["--help"]):
+        page = overview("issuer", TEXT, COMMANDS, EPILOG)
+        print(page, end="", file=sys.stdout if given else sys.stderr)
+        return DONE if given else USAGE
+    return guarded(lambda: _run(given))
+
+
+def _run(given: "list[str]") -> int:
+    import importlib
+
+    from issuer.cli.grammar import SPIRE, parser
+
+    given = given_arguments(given, SPIRE)
     command: list[str] = []
     if given[:1] == ["dev"] and "--" in given:
         at = given.index("--")
         given, command = given[:at], given[at + 1 :]
-    top = parser(given[0] if given else "")
-    parsed = top.parse_args(given)
+    parsed = parser(given[0]).parse_args(given)
     if parsed.version:
         print(version_text("issuer"))
         return DONE
     if not hasattr(parsed, "run"):
-        top.print_help(sys.stderr)
-        return USAGE
+        raise CommandError("name a command: `issuer --help` lists them", USAGE)
     parsed.command_line = command
     module, _, function = parsed.run.partition(":")
-
-    def run() -> int:
-        import importlib
-
-        loaded = importlib.import_module(f"issuer.cli.{module}")
-        return int(getattr(loaded, function)(parsed))
-
-    return guarded(run)
+    loaded = importlib.import_module(f"issuer.cli.{module}")
+    return int(getattr(loaded, function)(parsed))

@@ -1,21 +1,22 @@
-"""
-The grammar of ``issuer``: every command and option, and SPIRE's names for them.
-
-Only argparse is imported.  `parser` fills in one command alone when its name is given, since
-nobody pays for the other commands' options.
-"""
+"""The grammar of ``issuer``: every command and option, and SPIRE's names for them."""
 
 import argparse
 import os
+from typing import Final, TypeAlias
 
-from spiffe_wire.commandline import Help, new_parser, output_option, seconds
+from issuer.cli import COMMANDS, EPILOG, TEXT
+from spiffe_wire.options import (
+    FILE,
+    FOLDER,
+    Fill,
+    completes,
+    new_parser,
+    output_option,
+    seconds,
+    top_parser,
+)
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TypeAlias
-
-    Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DEFAULT_SOCKET = "/run/spiffe-issuer/server/admin.sock"
 DEFAULT_AGENT_SOCKET = "/run/spiffe-issuer/agent/admin.sock"
@@ -24,8 +25,6 @@ AGENT_SOCKET_VARIABLE = "SPIFFE_ISSUER_AGENT_SOCKET"
 
 FORMATS = ("pem", "spiffe")
 MATCHES = ("exact", "subset", "superset", "any")
-FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
-FOLDER = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/", "tcsh": "d"}
 
 SPIRE = {
     "attestationType": "type",
@@ -56,35 +55,22 @@ SPIRE = {
 
 def parser(only: str | None = None) -> argparse.ArgumentParser:
     """Return the grammar; of the command *only* alone when one is named."""
-    top = argparse.ArgumentParser(
-        prog="issuer",
-        description="Workload identity: the server of a SPIFFE trust domain.",
-        epilog="Start with `issuer dev`: one trust domain on this machine.",
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
-    top.add_argument("--version", action="store_true", help="print the version")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND")
-    for name, (text, fill) in _COMMANDS.items():
-        made = new_parser(commands, name, text)
-        if only in (None, name):
-            fill(made)
-    return top
+    return top_parser("issuer", TEXT, COMMANDS, EPILOG, _FILL, only)
 
 
-def _add(commands: "Commands", name: str, run: str, text: str) -> argparse.ArgumentParser:
+def _add(commands: Commands, name: str, run: str, text: str) -> argparse.ArgumentParser:
     made = new_parser(commands, name, text)
     made.set_defaults(run=run)
     return made
 
 
-def _group(one: argparse.ArgumentParser) -> "Commands":
+def _group(one: argparse.ArgumentParser) -> Commands:
     return one.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
 
 def _asks(one: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Give a command that asks the server its socket and its output option."""
-    _completes(
+    completes(
         one.add_argument(
             "--socket",
             metavar="PATH",
@@ -97,13 +83,8 @@ def _asks(one: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return one
 
 
-def _completes(option: argparse.Action, how: "dict[str, str]") -> None:
-    """Say how shells complete the value of *option* (shtab reads it)."""
-    vars(option)["complete"] = how
-
-
 def _agent_socket(one: argparse.ArgumentParser) -> None:
-    _completes(
+    completes(
         one.add_argument(
             "--agent-socket",
             metavar="PATH",
@@ -116,7 +97,7 @@ def _agent_socket(one: argparse.ArgumentParser) -> None:
 
 
 def _config_option(one: argparse.ArgumentParser, *, required: bool = True) -> None:
-    _completes(
+    completes(
         one.add_argument(
             "-c",
             "--config",
@@ -151,7 +132,7 @@ def _dev(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--trust-domain", default="example.org", metavar="NAME", help="default example.org"
     )
-    _completes(
+    completes(
         one.add_argument(
             "--keep", metavar="DIR", help="keep the domain's files in DIR, and go on from them"
         ),
@@ -190,7 +171,7 @@ def _db(one: argparse.ArgumentParser) -> None:
         _config_option(command)
         output_option(command)
         if name in ("backup", "restore"):
-            _completes(command.add_argument("file", metavar="FILE", help="the copy"), FILE)
+            completes(command.add_argument("file", metavar="FILE", help="the copy"), FILE)
 
 
 def _entry_fields(one: argparse.ArgumentParser) -> None:
@@ -218,7 +199,7 @@ def _entry_fields(one: argparse.ArgumentParser) -> None:
         "--expires-at", default="0", metavar="TIME",
         help="when the entry ends: 2030-01-31T12:00:00Z, or Unix seconds (default never)",
     )  # fmt: skip
-    _completes(
+    completes(
         one.add_argument(
             "-f",
             "--file",
@@ -321,7 +302,7 @@ def _bundle(one: argparse.ArgumentParser) -> None:
         bundle_format(command)
     put = _asks(_add(commands, "set", "bundle:set_foreign", "add or replace a foreign bundle"))
     put.add_argument("--id", required=True, metavar="DOMAIN", help="its trust domain")
-    _completes(
+    completes(
         put.add_argument(
             "--path",
             default="-",
@@ -347,7 +328,7 @@ def _x509(one: argparse.ArgumentParser) -> None:
     _id_option(mint, "whose")
     _ttl(mint, "--ttl", 0, "its life (default the server's)")
     _many(mint, "--dns", "NAME", "a DNS name in it; repeatable")
-    _completes(
+    completes(
         mint.add_argument(
             "--write",
             metavar="DIR",
@@ -404,19 +385,19 @@ def _completion(one: argparse.ArgumentParser) -> None:
     one.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which shell")
 
 
-_COMMANDS: "dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]]" = {
-    "dev": ("one trust domain on this machine; `-- COMMAND` runs one in it", _dev),
-    "server": ("the server itself", _server),
-    "config": ("settings of the server", _config),
-    "db": ("the server's database", _db),
-    "entry": ("registration entries: which process gets which identity", _entry),
-    "token": ("join tokens: how an agent joins", _token),
-    "agent": ("attested agents", _agent),
-    "bundle": ("trust bundles: ours, and foreign ones exchanged by hand", _bundle),
-    "x509": ("X509-SVIDs", _x509),
-    "jwt": ("JWT-SVIDs", _jwt),
-    "explain": ("why a process gets an identity, or does not", _explain),
-    "doctor": ("look for what is wrong here, and say what to do", _doctor),
-    "healthcheck": ("exit 0 when the server is healthy", _healthcheck),
-    "completion": ("print a script that completes commands", _completion),
+_FILL: Final[dict[str, Fill]] = {
+    "dev": _dev,
+    "server": _server,
+    "config": _config,
+    "db": _db,
+    "entry": _entry,
+    "token": _token,
+    "agent": _agent,
+    "bundle": _bundle,
+    "x509": _x509,
+    "jwt": _jwt,
+    "explain": _explain,
+    "doctor": _doctor,
+    "healthcheck": _healthcheck,
+    "completion": _completion,
 }

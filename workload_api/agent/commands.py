@@ -14,37 +14,35 @@ from typing import Any, Final, TypeVar
 import grpc
 
 from spiffe_core.bundle import BundleSet
-from spiffe_core.errors import ErrorKind, PreconditionError, SpiffeError
+from spiffe_core.errors import PreconditionError, SpiffeError
 from spiffe_core.pem import certificates_to_pem, private_key_to_pem
 from spiffe_core.spiffeid import SpiffeId
+from spiffe_wire.commandline import (
+    DONE,
+    REFUSED,
+    UNREACHABLE,
+    USAGE,
+    CommandError,
+    completion_script,
+    explained,
+    message,
+    relative,
+    say,
+    show,
+)
+from spiffe_wire.commandline import spiffe_id as id_text
 from spiffe_wire.convert.entry import id_to_wire
+from spiffe_wire.endpoint import ENVIRONMENT_VARIABLE
 from spiffe_wire.pb.grpc.health.v1 import health_pb2, health_pb2_grpc
 from spiffe_wire.pb.spiffe_issuer.v1 import agentadmin_pb2, agentadmin_pb2_grpc
-from spiffe_wire.status import error_of
-from workload_api.agent.cli import parser
+from spiffe_wire.status import error_of, never_answered
+from workload_api.agent.grammar import parser
 from workload_api.client.client import WorkloadClient, X509Context
 
-DONE: Final = 0
-REFUSED: Final = 1
-UNREACHABLE: Final = 3
+PATIENCE: Final = 30.0
+"""Seconds for one answer; an agent that is well holds a caller back for 5 at most."""
+
 _T = TypeVar("_T")
-
-
-def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Run a command; print what went wrong, and return its exit code."""
-    try:
-        return command(arguments)
-    except SpiffeError as error:
-        unreachable = error.kind is ErrorKind.NOT_READY and "failed to connect" in str(error)
-        text = str(error)
-        if unreachable:
-            text = "no agent answers: is it running, and is the address right?"
-        if sys.stderr.isatty():
-            text = f"\x1b[31m{text}\x1b[0m"
-        print(text, file=sys.stderr)
-        return UNREACHABLE if unreachable else REFUSED
-    except KeyboardInterrupt:
-        return 130
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,9 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def fetch(arguments: argparse.Namespace) -> int:
     """Fetch SVIDs or bundles."""
-    return {"x509": _fetch_x509, "jwt": _fetch_jwt, "bundles": _fetch_bundles}[arguments.kind](
-        arguments
-    )
+    kinds = {"x509": _fetch_x509, "jwt": _fetch_jwt, "bundles": _fetch_bundles}
+    return kinds[arguments.kind](arguments)
 
 
 def _fetch_x509(arguments: argparse.Namespace) -> int:
@@ -100,16 +97,14 @@ def _fetch_x509(arguments: argparse.Namespace) -> int:
         for number, one in enumerate(context.identities):
             files[f"svid.{number}.pem"] = certificates_to_pem(one.svid.chain), 0o644
             files[f"svid.{number}.key"] = private_key_to_pem(one.key), 0o600
-        files |= _bundle_files(context.bundles)
-        _write(Path(arguments.write), files)
-        print(f"wrote {len(files)} files to {arguments.write}")
-        return DONE
-    _show(_x509_facts(context), arguments.output, _x509_text(context))
+        return _write(arguments, files | _bundle_files(context.bundles))
+    show(_x509_facts(context), arguments.output, _x509_text(context))
     return DONE
 
 
 def _fetch_jwt(arguments: argparse.Namespace) -> int:
-    wanted = SpiffeId.parse(arguments.spiffe_id) if arguments.spiffe_id else None
+    with explained("--spiffe-id"):
+        wanted = SpiffeId.parse(arguments.spiffe_id) if arguments.spiffe_id else None
     found = _with_client(
         arguments, lambda client: client.fetch_jwt(tuple(arguments.audience), wanted)
     )
@@ -122,16 +117,14 @@ def _fetch_jwt(arguments: argparse.Namespace) -> int:
         }
         for one in found
     ]
-    _show({"svids": facts}, arguments.output, "\n".join(one.token for one in found))
+    show({"svids": facts}, arguments.output, "\n".join(one.token for one in found))
     return DONE
 
 
 def _fetch_bundles(arguments: argparse.Namespace) -> int:
     bundles = _with_client(arguments, lambda client: client.fetch_bundles())
     if arguments.write:
-        _write(Path(arguments.write), _bundle_files(bundles))
-        print(f"wrote {len(bundles)} bundles to {arguments.write}")
-        return DONE
+        return _write(arguments, _bundle_files(bundles))
     facts = {
         name.name: {
             "x509_authorities": [one.authority_id for one in bundle.x509_authorities],
@@ -144,32 +137,37 @@ def _fetch_bundles(arguments: argparse.Namespace) -> int:
         "authorities"
         for name, one in facts.items()
     ]
-    _show(facts, arguments.output, "\n".join(lines))
+    show(facts, arguments.output, "\n".join(lines))
     return DONE
 
 
 def watch(arguments: argparse.Namespace) -> int:
-    """Print every update."""
+    """Print every update: JSON as one line each, YAML as one document each."""
 
     async def ask(client: WorkloadClient) -> None:
         async for context in client.watch_x509():
-            if arguments.output == "text":
-                print(_x509_text(context), flush=True)
+            facts = _x509_facts(context)
+            if arguments.output == "json":
+                print(json.dumps(facts))
             else:
-                print(json.dumps(_x509_facts(context)), flush=True)
+                if arguments.output == "yaml":
+                    print("---")
+                show(facts, arguments.output, _x509_text(context))
+            sys.stdout.flush()
 
-    _with_client(arguments, ask)
+    _with_client(arguments, ask, patience=None)
     return DONE
 
 
 def validate(arguments: argparse.Namespace) -> int:
     """Validate a JWT-SVID."""
-    token = sys.stdin.read().strip() if arguments.token == "-" else arguments.token  # noqa: S105
+    given = arguments.token
+    token = sys.stdin.read().strip() if given == "-" else given
     spiffe_id, claims = _with_client(
         arguments, lambda client: client.validate_jwt(token, arguments.audience)
     )
     text = f"valid: {spiffe_id} for {arguments.audience}"
-    _show({"spiffe_id": spiffe_id.uri, "claims": dict(claims)}, arguments.output, text)
+    show({"spiffe_id": spiffe_id.uri, "claims": dict(claims)}, arguments.output, text)
     return DONE
 
 
@@ -177,14 +175,18 @@ def whoami(arguments: argparse.Namespace) -> int:
     """Say what the agent learns of this process."""
     answer = _with_client(arguments, lambda client: client.who_am_i())
     selectors = [f"{one.type}:{one.value}" for one in answer.selectors]
+    partial = {one.attestor: one.reason for one in answer.partial}
     lines = [f"process {answer.pid}, uid {answer.uid}, gid {answer.gid}"]
     lines += [f"  {one}" for one in selectors]
-    lines += list(answer.spiffe_ids) or ["no identity: ask the operator for `issuer explain`"]
+    lines += [f"  {name} could not vouch: {why}" for name, why in partial.items()]
+    lines += list(answer.spiffe_ids) or [
+        f"no identity: the operator can ask why with `issuer explain --pid {answer.pid}`"
+    ]
     facts = {
         "pid": answer.pid, "uid": answer.uid, "gid": answer.gid, "selectors": selectors,
-        "spiffe_ids": list(answer.spiffe_ids),
+        "partial": partial, "spiffe_ids": list(answer.spiffe_ids),
     }  # fmt: skip
-    _show(facts, arguments.output, "\n".join(lines))
+    show(facts, arguments.output, "\n".join(lines))
     return DONE
 
 
@@ -194,42 +196,46 @@ def healthcheck(arguments: argparse.Namespace) -> int:
     async def ask(channel: Any) -> Any:
         return await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
 
-    if _with_admin(arguments, ask).status != 1:
-        print("Agent is not healthy: `issuer-agent status` says why", file=sys.stderr)
-        return REFUSED
-    _show({"healthy": True}, arguments.output, "Agent is healthy.")
-    return DONE
+    healthy = _with_admin(arguments, ask).status == 1
+    show({"healthy": healthy}, arguments.output, "Agent is healthy." if healthy else "")
+    if not healthy:
+        say("Agent is not healthy: `issuer-agent status` says why")
+    return DONE if healthy else REFUSED
 
 
 def renew(arguments: argparse.Namespace) -> int:
     """Sign anew."""
     request = agentadmin_pb2.RenewSvidsRequest()
     if arguments.spiffe_id:
-        request.spiffe_id.CopyFrom(id_to_wire(SpiffeId.parse(arguments.spiffe_id)))
+        with explained("--spiffe-id"):
+            request.spiffe_id.CopyFrom(id_to_wire(SpiffeId.parse(arguments.spiffe_id)))
 
     async def ask(channel: Any) -> Any:
         return await agentadmin_pb2_grpc.AgentAdminStub(channel).RenewSvids(request)
 
     renewed = _with_admin(arguments, ask).renewed
-    _show({"renewed": renewed}, arguments.output, f"{renewed} renewed")
+    show({"renewed": renewed}, arguments.output, f"{renewed} renewed")
     return DONE
 
 
 def status(arguments: argparse.Namespace) -> int:
     """Say how the agent is."""
-    from google.protobuf.json_format import MessageToDict
 
     async def ask(channel: Any) -> Any:
         stub = agentadmin_pb2_grpc.AgentAdminStub(channel)
         return await stub.GetStatus(agentadmin_pb2.GetStatusRequest())
 
-    facts = MessageToDict(
-        _with_admin(arguments, ask),
-        preserving_proto_field_name=True,
-        always_print_fields_with_no_presence=True,
-    )
-    lines = [f"{name}: {value}" for name, value in facts.items()]
-    _show(facts, arguments.output, "\n".join(lines))
+    answer = _with_admin(arguments, ask)
+    facts = message(answer)
+    lines = {
+        **facts,
+        "agent_id": id_text(answer.agent_id) if answer.HasField("agent_id") else "none yet",
+        "last_sync_at": relative(answer.last_sync_at),
+        "svid_expires_at": relative(answer.svid_expires_at),
+        "problem": answer.problem or "none",
+    }
+    text = "\n".join(f"{name.replace('_', ' '):<16}{one}" for name, one in lines.items())
+    show(facts, arguments.output, text)
     return DONE
 
 
@@ -243,18 +249,15 @@ def config(arguments: argparse.Namespace) -> int:
     elif arguments.what == "schema":
         print(json.dumps(json_schema(AgentSettings), indent=2))
     else:
-        if not arguments.config:
-            raise PreconditionError("name the file with -c")
         _settings(arguments.config)
-        print(f"{arguments.config} is valid")
+        value = {"file": arguments.config, "valid": True}
+        show(value, arguments.output, f"{arguments.config} is valid")
     return DONE
 
 
 def completion(arguments: argparse.Namespace) -> int:
     """Print a completion script."""
-    import shtab
-
-    sys.stdout.write(shtab.complete(parser(), shell=arguments.shell))
+    sys.stdout.write(completion_script(parser(), arguments.shell))
     return DONE
 
 
@@ -264,33 +267,73 @@ def _settings(path: str) -> Any:
 
     try:
         text = Path(path).read_text()
-    except OSError as error:
-        raise PreconditionError(
-            f"cannot read {path}: {error.strerror}; `issuer-agent config example` prints one "
-            "to start from"
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise CommandError(
+            f"cannot read {path}: {why}; `issuer-agent config example` prints one to start from"
         ) from error
     return load(AgentSettings, text, os.environ, ROLE)
 
 
 def _with_client(
-    arguments: argparse.Namespace, ask: Callable[[WorkloadClient], Awaitable[_T]]
+    arguments: argparse.Namespace,
+    ask: Callable[[WorkloadClient], Awaitable[_T]],
+    *,
+    patience: float | None = PATIENCE,
 ) -> _T:
-    async def go() -> _T:
-        async with WorkloadClient(arguments.endpoint) as client:
-            return await ask(client)
+    """
+    Run *ask* on a client of the Workload API.
 
-    return asyncio.run(go())
+    Raises:
+        CommandError: no address or a bad one, nobody there, or no answer in time.
+        SpiffeError: the agent's refusal.
+    """
+    address = arguments.endpoint or os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if not address:
+        raise CommandError(
+            f"name the Workload API: set {ENVIRONMENT_VARIABLE}=unix:///path/to/socket, or "
+            "use --endpoint",
+            USAGE,
+        )
+    if address.startswith("/"):
+        address = f"unix://{address}"
+    with explained("--endpoint" if arguments.endpoint else ENVIRONMENT_VARIABLE):
+        client = WorkloadClient(address)
+
+    async def go() -> _T:
+        async with client:
+            return await asyncio.wait_for(ask(client), patience)
+
+    return _reached(go, f"no agent answers at {address}: is it running?", address)
 
 
 def _with_admin(arguments: argparse.Namespace, ask: Callable[[Any], Awaitable[_T]]) -> _T:
     async def go() -> _T:
-        async with grpc.aio.insecure_channel(f"unix:{arguments.admin}") as channel:
+        target = f"unix:{os.path.abspath(arguments.admin)}"
+        async with grpc.aio.insecure_channel(target) as channel:
             try:
-                return await ask(channel)
+                return await asyncio.wait_for(ask(channel), PATIENCE)
             except grpc.aio.AioRpcError as error:
                 raise error_of(error) from error
 
-    return asyncio.run(go())
+    problem = (
+        f"no agent answers at {arguments.admin}: is it running, and may uid {os.geteuid()} ask "
+        "it? name its admin socket with --socket"
+    )
+    return _reached(go, problem, arguments.admin)
+
+
+def _reached(go: Callable[[], Any], problem: str, where: str) -> Any:
+    try:
+        return asyncio.run(go())
+    except TimeoutError as error:
+        text = f"the agent at {where} does not answer within {PATIENCE:g} s: see its log"
+        raise CommandError(text, UNREACHABLE) from error
+    except SpiffeError as error:
+        cause = error.__cause__
+        if isinstance(cause, grpc.aio.AioRpcError) and never_answered(cause):
+            raise CommandError(problem, UNREACHABLE) from error
+        raise
 
 
 def _x509_facts(context: X509Context) -> dict[str, Any]:
@@ -316,9 +359,12 @@ def _x509_facts(context: X509Context) -> dict[str, Any]:
 def _x509_text(context: X509Context) -> str:
     lines = []
     for one in context.identities:
+        ends = one.svid.validity.not_after
         lines.append(one.svid.spiffe_id.uri)
-        lines.append(f"  serial    {one.svid.serial_number:x}")
-        lines.append(f"  not after {one.svid.validity.not_after.isoformat()}")
+        lines.append(f"  serial   {one.svid.serial_number:x}")
+        lines.append(f"  expires  {ends.isoformat()} ({relative(int(ends.timestamp()))})")
+        if one.hint:
+            lines.append(f"  hint     {one.hint}")
     lines.append("trusts " + ", ".join(sorted(name.name for name in context.bundles)))
     return "\n".join(lines)
 
@@ -334,8 +380,9 @@ def _bundle_files(bundles: BundleSet) -> dict[str, tuple[str, int]]:
     }
 
 
-def _write(folder: Path, files: dict[str, tuple[str, int]]) -> None:
+def _write(arguments: argparse.Namespace, files: dict[str, tuple[str, int]]) -> int:
     """Each file appears whole, with its mode; keys first: no certificate lacks its key."""
+    folder = Path(arguments.write)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, (text, mode) in sorted(files.items(), key=lambda item: item[1][1]):
@@ -348,15 +395,7 @@ def _write(folder: Path, files: dict[str, tuple[str, int]]) -> None:
                 os.fsync(file.fileno())
             os.replace(new, folder / name)
     except OSError as error:
-        raise PreconditionError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def _show(value: Any, style: str, text: str) -> None:
-    if style == "json":
-        print(json.dumps(value, indent=2))
-    elif style == "yaml":
-        import yaml
-
-        print(yaml.safe_dump(value, sort_keys=False), end="")
-    else:
-        print(text)
+        raise CommandError(f"cannot write to {folder}: {error.strerror}") from error
+    written = [str(folder / name) for name in files]
+    show({"written": written}, arguments.output, f"wrote {', '.join(files)} to {folder}")
+    return DONE
