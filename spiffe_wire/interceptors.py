@@ -5,14 +5,18 @@ Only `ErrorInterceptor` calls `status_of`; servicers raise.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import timedelta
 from typing import Any, Final
 
 import grpc
 
 from spiffe_core.crashpoints import crash_point
+from spiffe_wire.frontdoor.limits import STALL
+from spiffe_wire.frontdoor.peer import REGISTRY
 from spiffe_wire.logs import event
 from spiffe_wire.status import DETAILS_KEY, status_of
 
@@ -26,10 +30,15 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandl
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Maps exceptions to status codes for all four shapes of call, and reports each call."""
+    """
+    Maps exceptions to status codes for all four shapes of call, and reports each call.
 
-    def __init__(self, on_call: OnCall = lambda *_: None) -> None:
+    A client whose window stays shut for *stall* while an answer waits is cut (SEC-83).
+    """
+
+    def __init__(self, on_call: OnCall = lambda *_: None, *, stall: timedelta = STALL) -> None:
         self._on_call = on_call
+        self._stall = stall
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -66,14 +75,34 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             started = time.monotonic()
             try:
-                async for answer in inner(request, context):
-                    crash_point(reply)
-                    yield answer
+                # Closed here, so that a stream that was cut is not left to the collector.
+                async with contextlib.aclosing(inner(request, context)) as answers:
+                    async for answer in answers:
+                        crash_point(reply)
+                        with self._stalled(method, context):
+                            yield answer
             except Exception as error:  # noqa: BLE001 everything becomes a status
                 await self._fail(method, started, error, context)
             self._on_call(method, "OK", time.monotonic() - started)
 
         return call
+
+    @contextlib.contextmanager
+    def _stalled(self, method: str, context: grpc.aio.ServicerContext) -> Iterator[None]:
+        """Cut the connection if the client takes the answer that is yielded not in time."""
+
+        def cut() -> None:
+            peer = REGISTRY.get(context.peer())
+            if peer is not None:
+                event(_log, logging.WARNING, "slow_reader", method=method)
+                peer.cut()
+
+        seconds = self._stall.total_seconds()
+        timer = asyncio.get_running_loop().call_later(seconds, cut)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     async def _fail(
         self,

@@ -28,9 +28,9 @@ from spiffe_core.errors import ForbiddenError, InternalError, NotReadyError, Spi
 from spiffe_core.x509svid import X509Svid
 from spiffe_wire.frontdoor import kernel
 from spiffe_wire.frontdoor.acceptor import Acceptor
+from spiffe_wire.frontdoor.conduct import Conduct, ConductError
 from spiffe_wire.frontdoor.kernel import PeerPolicy
 from spiffe_wire.frontdoor.limits import DoorLimits, Places, Refusals, Turns, address_key
-from spiffe_wire.frontdoor.opening import Opening
 from spiffe_wire.frontdoor.peer import REGISTRY, Peer, PeerProof, TlsPeer
 from spiffe_wire.frontdoor.selfcheck import SelfCheck
 from spiffe_wire.frontdoor.splice import LINGER_SECONDS, Leg, join, notice_dead_peer
@@ -56,7 +56,7 @@ class _Connection:
 
     socket: socket.socket
     accepted_at: float
-    opening: Opening = field(default_factory=Opening)
+    conduct: Conduct = field(default_factory=Conduct)
     places: ExitStack = field(default_factory=ExitStack)
     """What it takes up until it is closed."""
     silent_places: ExitStack = field(default_factory=ExitStack)
@@ -307,7 +307,10 @@ class FrontDoor:
     async def _take(self, connection: _Connection, **tls: Any) -> Leg:
         """Hand the socket to the loop; with TLS, this is the handshake."""
         connection.outer = outer = Leg(
-            lambda: self._end(connection), opening=connection.opening, stall=self.limits.stall
+            lambda: self._end(connection),
+            inspect=connection.conduct.from_client,
+            objected=lambda error: self._object(connection, error),
+            stall=self.limits.stall,
         )
         loop = asyncio.get_running_loop()
         await loop.connect_accepted_socket(lambda: outer, connection.socket, **tls)
@@ -316,7 +319,9 @@ class FrontDoor:
     async def _splice(self, connection: _Connection, outer: Leg, peer: Peer) -> None:
         """Once HTTP/2 has begun, join *outer* to a connection of its own to the server."""
         connection.peer = peer
-        await connection.opening.begun
+        peer.cut = lambda: self._cut(connection)
+        if not await connection.conduct.begun:
+            raise ConnectionAbortedError("the client has left, or does not speak HTTP/2")
         connection.silent_places.close()
         join(outer, await self._connect_inner(connection, peer))
         loop = asyncio.get_running_loop()
@@ -325,7 +330,7 @@ class FrontDoor:
         connection.places.callback(timer.cancel)
 
     def _expect_request(self, connection: _Connection) -> None:
-        if not connection.opening.requested:
+        if not connection.conduct.requested:
             self.refusals.note("no_request")
             self._cut(connection)
 
@@ -334,7 +339,11 @@ class FrontDoor:
         path = self._fresh_path()
         inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         inner.setblocking(False)
-        leg = Leg(lambda: self._forget(connection))
+        leg = Leg(
+            lambda: self._forget(connection),
+            inspect=connection.conduct.from_server,
+            objected=lambda error: self._object(connection, error),
+        )
         try:
             inner.bind(str(path))
             path.unlink()  # the name stays with the socket, and nobody can reach or squat it
@@ -361,6 +370,14 @@ class FrontDoor:
                 return
         raise NotReadyError("the server is overloaded")
 
+    def _object(self, connection: _Connection, error: ConductError) -> None:
+        """Send off a client that floods; one that has not begun is the guard's."""
+        if not connection.conduct.begun.done():
+            connection.conduct.abandon()
+        elif connection.outer is not None:
+            self.refusals.note("flood", error)
+            connection.outer.finish(error.farewell)
+
     def _cut(self, connection: _Connection) -> None:
         """End *connection* now, in whatever state it is."""
         if connection.outer is not None and connection.outer.transport is not None:
@@ -386,6 +403,7 @@ class FrontDoor:
             return
         self._open.discard(connection)
         self._forget(connection)
+        connection.conduct.abandon()
         connection.silent_places.close()
         connection.places.close()
         if connection.peer is not None:

@@ -21,6 +21,7 @@ from spiffe_wire.logs import event
 
 _log = logging.getLogger(__name__)
 _QUIET_SECONDS: Final = 1.0
+STALL: Final = timedelta(seconds=30)  # SEC-83
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class DoorLimits:
     opening: timedelta = timedelta(seconds=5)
     """For the handshake, preface and SETTINGS together."""
     first_request: timedelta = timedelta(seconds=10)
-    stall: timedelta = timedelta(seconds=30)
-    """How long a client may read nothing while something waits for it (SEC-83)."""
+    stall: timedelta = STALL
+    """How long a client may read nothing while something waits for it."""
     handshakes: int = 64
     streams: int = 128
 

@@ -9,6 +9,7 @@ import asyncio
 import enum
 import os
 import select
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -45,6 +46,10 @@ class PidFd:
         os.close(self.fd)
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(eq=False, slots=True)
 class UnixPeer:
     """A process of this machine, as the kernel knew it when it connected."""
@@ -54,6 +59,8 @@ class UnixPeer:
     gid: int
     proof: PeerProof
     pidfd: PidFd = field(repr=False)
+    cut: Callable[[], None] = field(default=_nothing, repr=False)
+    """Ends its connection at once."""
     _exited: "asyncio.Future[None] | None" = field(default=None, repr=False)
     _closed: bool = field(default=False, repr=False)
 
@@ -105,6 +112,8 @@ class TlsPeer:
 
     svid: X509Svid | None
     address: str
+    cut: Callable[[], None] = field(default=_nothing, repr=False)
+    """Ends its connection at once."""
 
     def connection_closed(self) -> None:
         """Nothing is held open for it."""

@@ -11,32 +11,38 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final, cast
 
-from spiffe_wire.frontdoor.opening import Opening, OpeningError
+from spiffe_wire.frontdoor.conduct import ConductError
 
 LINGER_SECONDS: Final = 5.0
 """How long a closed leg may take to send what it still holds."""
 _EARLY_BYTES: Final = 64 * 1024
 
 
+def _nothing(*_: object) -> None:
+    pass
+
+
 class Leg(asyncio.Protocol):
     """
     One side of a splice; `join` makes two of them a pair.
 
-    *opening* judges a client's first bytes.  *stall* cuts a peer that reads nothing for
-    that long while something waits for it.
+    *inspect* sees every byte first and may object; *objected* is told.  *stall* cuts a peer
+    that reads nothing for that long while something waits for it.
     """
 
     def __init__(
         self,
-        on_closed: Callable[[], None] = lambda: None,
+        on_closed: Callable[[], None] = _nothing,
         *,
-        opening: Opening | None = None,
+        inspect: Callable[[bytes], None] | None = None,
+        objected: Callable[[ConductError], None] = _nothing,
         stall: timedelta | None = None,
     ) -> None:
         self.transport: asyncio.Transport | None = None
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._on_closed = on_closed
-        self._opening = opening
+        self._inspect = inspect
+        self._objected = objected
         self._stall = stall
         self._stalled: asyncio.TimerHandle | None = None
         self._other: Leg | None = None
@@ -49,17 +55,15 @@ class Leg(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Pass on, or queue until there is somebody to pass on to."""
-        if self._opening is not None:
+        if self._inspect is not None:
             try:
-                self._opening.feed(data)
-            except OpeningError as error:
-                self._opening.abandon(error)
-                self.close()
+                self._inspect(data)
+            except ConductError as error:
+                self._objected(error)
                 return
-            if self._opening.requested:
-                self._opening = None
         if self._other is not None and self._other.transport is not None:
-            self._other.transport.write(data)
+            if not self._other.transport.is_closing():
+                self._other.transport.write(data)
             return
         self._early += data
         if len(self._early) > _EARLY_BYTES and self.transport is not None:
@@ -88,12 +92,11 @@ class Leg(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the other leg too; what it still has to send is sent."""
         self._stop_watching()
-        if self._opening is not None:
-            self._opening.abandon(ConnectionAbortedError("the client has left"))
         self._on_closed()
         if self._other is not None:
             self._other.finish()
-        self._on_closed = lambda: None  # it holds the peer, and we must not
+        # They hold the connection and its peer, and we must not.
+        self._on_closed, self._objected, self._inspect = _nothing, _nothing, None
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -106,10 +109,12 @@ class Leg(asyncio.Protocol):
         """This leg, and the one it is joined to."""
         return [self] if self._other is None else [self, self._other]
 
-    def finish(self) -> None:
+    def finish(self, farewell: bytes = b"") -> None:
         """Close when everything is sent, and soon in any case: a peer may never read it."""
         if self.transport is None:
             return
+        if farewell:
+            self.transport.write(farewell)
         self.transport.close()
         if self.transport.get_write_buffer_size():
             loop = asyncio.get_running_loop()

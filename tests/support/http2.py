@@ -101,8 +101,10 @@ class Raw:
     async def send(self, *parts: bytes) -> None:
         """Send, waiting for room."""
         for part in parts:
+            if self._writer.transport.is_closing():
+                raise ConnectionResetError("the server has closed")
             self._writer.write(part)
-        await self._writer.drain()
+            await self._writer.drain()
 
     async def next(self) -> Frame | None:
         """The next frame; None once the server has closed."""
