@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from jwt.algorithms import Algorithm
 
-from spiffe_core.authority import MAX_KEY_ID_BYTES, JwtAuthority
+from spiffe_core.authority import MAX_KEY_ID_BYTES
 from spiffe_core.bundle import BundleSet
 from spiffe_core.errors import MalformedError
 from spiffe_core.keys import key_of_spki
@@ -67,17 +67,18 @@ class JwtSvid:
         Raises:
             JwtSvidError: names the first rule broken.
         """
-        return cls._of(token, *_parts(token))
+        return cls._of(token, parse_jws(token))
 
     @classmethod
-    def _of(cls, token: str, header: Mapping[str, Any], payload: Mapping[str, Any]) -> Self:
+    def _of(cls, token: str, jws: "Jws") -> Self:
+        payload = _claims(jws.payload)
         return cls(
             token,
             _subject(payload),
             _audience(payload),
             _instant(payload, "exp"),
             _instant(payload, "iat") if "iat" in payload else None,
-            header["kid"],
+            jws.header["kid"],
             payload,
         )
 
@@ -100,15 +101,15 @@ def verify_jwt_svid(
     """
     if not audience:
         raise JwtSvidError("the audience to expect is missing")
-    header, payload = _parts(token)
-    svid = JwtSvid._of(token, header, payload)
+    jws = parse_jws(token)
+    svid = JwtSvid._of(token, jws)
     bundle = bundles.get(svid.spiffe_id.trust_domain)
     if bundle is None or not bundle.jwt_authorities:
         raise JwtSvidError("no JWT authority is known for the token's trust domain")
     authority = bundle.jwt_authority(svid.key_id)
     if authority is None:
         raise JwtSvidError("the token's key is not among its trust domain's JWT authorities")
-    _check_signature(token, header["alg"], authority)
+    check_signature(authority.public_key, jws.header["alg"], jws.signed, jws.signature)
     _check_claims(svid, audience, at, min(leeway, MAX_LEEWAY))
     return svid
 
@@ -122,7 +123,23 @@ def algorithms_of(key: PublicKeyTypes) -> tuple[str, ...]:
     return ()
 
 
-def _parts(token: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+class Jws(NamedTuple):
+    """A token taken apart: *signed* is what the *signature* is over."""
+
+    header: Mapping[str, Any]
+    payload: bytes
+    signed: bytes
+    signature: bytes
+
+
+def parse_jws(token: str) -> Jws:
+    """
+    Take a token apart and check its header; nothing is proved, no claim is read.
+
+    Raises:
+        JwtSvidError: too long, not a JWS in compact form, or a header that a JWT-SVID may
+            not have (JWT-01 to JWT-08, SEC-41, SEC-43).
+    """
     if len(token) > MAX_TOKEN_BYTES:
         raise JwtSvidError("token is longer than 16 KiB")
     parts = token.split(".", 3)
@@ -131,13 +148,10 @@ def _parts(token: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     try:
         header = _header(parts[0])
         _check_header(header)  # JWT-18: before anything else is looked at
-        payload = loads(b64url_decode(parts[1]))
-        b64url_decode(parts[2])  # canonical, or two texts would be one token
+        payload, signature = b64url_decode(parts[1]), b64url_decode(parts[2])
     except StrictJsonError as error:
         raise JwtSvidError(f"token cannot be read: {error}") from error
-    if not isinstance(payload, dict):
-        raise JwtSvidError("token payload must be a JSON object")
-    return header, payload
+    return Jws(header, payload, f"{parts[0]}.{parts[1]}".encode(), signature)
 
 
 def _header(part: str) -> Mapping[str, Any]:
@@ -171,18 +185,35 @@ def _verifier(spki: bytes, algorithm: str) -> tuple[Algorithm, PublicKeyTypes]:
     return jwt.get_algorithm_by_name(algorithm), key
 
 
-def _check_signature(token: str, algorithm: str, authority: JwtAuthority) -> None:
-    verifier, key = _verifier(authority.public_key, algorithm)
-    signed, _, signature = token.rpartition(".")
-    raw = b64url_decode(signature)
-    if isinstance(key, ec.EllipticCurvePublicKey) and len(raw) != 2 * ((key.key_size + 7) // 8):
+def check_signature(spki: bytes, algorithm: str, signed: bytes, signature: bytes) -> None:
+    """
+    Check a JWS signature by the key in *spki* (JWT-06, SEC-40, SEC-44).
+
+    Raises:
+        JwtSvidError: *algorithm* does not fit the key, or the signature is not its own.
+    """
+    verifier, key = _verifier(spki, algorithm)
+    if (
+        isinstance(key, ec.EllipticCurvePublicKey)
+        and len(signature) != (key.key_size + 7) // 8 * 2
+    ):
         raise JwtSvidError("token signature has the wrong length")
     try:
-        good = verifier.verify(signed.encode(), key, raw)
+        good = verifier.verify(signed, key, signature)
     except Exception as error:
         raise JwtSvidError("token signature does not verify") from error
     if not good:
         raise JwtSvidError("token signature does not verify")
+
+
+def _claims(payload: bytes) -> Mapping[str, Any]:
+    try:
+        claims = loads(payload)
+    except StrictJsonError as error:
+        raise JwtSvidError(f"token cannot be read: {error}") from error
+    if not isinstance(claims, dict):
+        raise JwtSvidError("token payload must be a JSON object")
+    return claims
 
 
 def _check_claims(svid: JwtSvid, audience: str, at: datetime, leeway: timedelta) -> None:
