@@ -11,6 +11,8 @@ import shutil
 from dataclasses import dataclass
 from typing import Final
 
+from spiffe_core.text import utf8_bytes
+
 MAX_SCRIPTS: Final = 5  # Linux follows an interpreter that is itself a script this often
 _HEAD_BYTES: Final = 256  # BINPRM_BUF_SIZE: of a script's first line the kernel reads no more
 MAX_HASHED_BYTES: Final = 512 * 1024 * 1024  # SEC-32: the attestor hashes no larger ones
@@ -44,7 +46,7 @@ def executable_of(program: str) -> Executable | None:
     """
     for _ in range(MAX_SCRIPTS + 1):
         path = os.path.realpath(program)
-        if os.path.basename(path) in LAUNCHERS:
+        if os.path.basename(path) in LAUNCHERS or utf8_bytes(path) is None:
             return None
         try:
             with open(path, "rb") as file:

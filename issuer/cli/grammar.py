@@ -187,7 +187,9 @@ def _entry_fields(one: argparse.ArgumentParser) -> None:
     _ttl(one, "--jwt-svid-ttl", 0, "life of its JWT-SVIDs (default the server's)")
     _many(one, "--dns", "NAME", "a DNS name in its X509-SVIDs; repeatable")
     _many(one, "--federates-with", "DOMAIN", "it also gets this domain's bundle; repeatable")
-    one.add_argument("--hint", default="", help="tells several identities apart")
+    one.add_argument(
+        "--hint", default="", metavar="TEXT", help="tells several identities apart"
+    )
     one.add_argument(
         "--admin", action="store_true", help="its holder may administer the server"
     )
@@ -218,7 +220,7 @@ def _entry_filter(one: argparse.ArgumentParser) -> None:
     _match(one, "--match-selectors-on")
     _many(one, "--federates-with", "DOMAIN", "that federates with this domain; repeatable")
     _match(one, "--match-federates-with-on")
-    one.add_argument("--hint", default="", help="with this hint")
+    one.add_argument("--hint", default="", metavar="TEXT", help="with this hint")
     one.add_argument("--downstream", action="store_true", help="of downstream servers alone")
 
 
@@ -239,14 +241,14 @@ def _entry(one: argparse.ArgumentParser) -> None:
             commands, "update", "entry:update", "replace an entry; what is left out is cleared"
         )
     )
-    update.add_argument("--entry-id", default="", metavar="ID", help="which")
+    update.add_argument("--entry-id", default="", metavar="ID", help="which entry")
     _entry_fields(update)
     for name in ("show", "list"):
         show = _asks(_add(commands, name, "entry:show", "list entries"))
         show.add_argument("--entry-id", metavar="ID", help="this one alone, in full")
         _entry_filter(show)
     delete = _asks(_add(commands, "delete", "entry:delete", "remove entries"))
-    delete.add_argument("entry_ids", nargs="*", metavar="ID", help="which")
+    delete.add_argument("entry_ids", nargs="*", metavar="ID", help="which entry")
     delete.add_argument(
         "--entry-id", dest="more_ids", action="append", default=[], metavar="ID",
         help="the same",
@@ -283,7 +285,7 @@ def _agent(one: argparse.ArgumentParser) -> None:
         ("evict", "forget an agent; it may attest again"),
     ):
         run = f"agent:{name if name != 'show' else 'show_one'}"
-        _id_option(_asks(_add(commands, name, run, text)), "which")
+        _id_option(_asks(_add(commands, name, run, text)), "which agent")
 
 
 def _bundle(one: argparse.ArgumentParser) -> None:
