@@ -292,7 +292,7 @@ def _status(server: Server) -> StatusServer:
 
     def page() -> tuple[int, str, bytes]:
         metrics.entries.set(len(server.hub.index))
-        metrics.agents.set(sum(1 for _ in server.hub.index.agents()))
+        metrics.agents.set(server.hub.index.agent_count)
         metrics.watchers.set(server.hub.watchers)
         metrics.event_seq.set(server.hub.seq)
         ends = server.rotator.x509.authority.validity.not_after

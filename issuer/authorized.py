@@ -128,6 +128,11 @@ class AuthorizedIndex:
         """Return every agent."""
         return self._agents.values()
 
+    @property
+    def agent_count(self) -> int:
+        """How many agents there are."""
+        return len(self._agents)
+
     def entry(self, entry_id: str) -> RegistrationEntry | None:
         """Return an entry, or None."""
         return self._entries.get(entry_id)

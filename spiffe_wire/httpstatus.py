@@ -5,6 +5,8 @@ It runs in a thread of its own on the standard library, so that an agent needs n
 framework; it answers GET and HEAD on a handful of fixed paths and reads nothing else.
 """
 
+import contextlib
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,5 +59,10 @@ class StatusServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
+        # It looks whether it shall end when somebody knocks, or twice a second.
+        ending = threading.Thread(target=self._server.shutdown)
+        ending.start()
+        with contextlib.suppress(OSError):
+            socket.create_connection(self._server.server_address[:2], timeout=1).close()
+        ending.join()
         self._server.server_close()

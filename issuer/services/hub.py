@@ -82,6 +82,8 @@ class Hub:
         """Grows with every change of any bundle."""
         self.authority_keys: frozenset[bytes] = frozenset()
         """SubjectPublicKeyInfo of every authority in our own bundle."""
+        self.watchers = 0
+        """How many wait for changes."""
         self.problem = ""
         """Why changes are not heard just now; empty when they are."""
         self._store = store
@@ -189,17 +191,14 @@ class Hub:
         waiter = Waiter()
         waiters = self._waiters.setdefault(agent_id, set())
         waiters.add(waiter)
+        self.watchers += 1
         try:
             yield waiter
         finally:
+            self.watchers -= 1
             waiters.discard(waiter)
             if not waiters and self._waiters.get(agent_id) is waiters:
                 del self._waiters[agent_id]
-
-    @property
-    def watchers(self) -> int:
-        """How many wait for changes."""
-        return sum(map(len, self._waiters.values()))
 
     async def _fold(self, found: Sequence[Event]) -> None:
         entry_ids = {one.key for one in found if one.kind is EventKind.ENTRY}
