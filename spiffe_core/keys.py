@@ -104,8 +104,6 @@ def check_public_key(key: PublicKeyTypes) -> PublicKeyTypes:
 def _check_rsa(key: rsa.RSAPublicKey) -> None:
     if not MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
         raise KeyRefusedError(f"RSA keys must have {MIN_RSA_BITS} to {MAX_RSA_BITS} bits")
-    if key.key_size % 8:
-        raise KeyRefusedError("RSA keys must have a whole number of octets")
     numbers = key.public_numbers()
     if numbers.e != RSA_EXPONENT:
         raise KeyRefusedError(f"RSA keys must have the exponent {RSA_EXPONENT}")
@@ -113,6 +111,8 @@ def _check_rsa(key: rsa.RSAPublicKey) -> None:
         raise KeyRefusedError(
             "RSA key has the ROCA fingerprint (CVE-2017-15361): make a new one"
         )
+    if key.key_size % 8:
+        raise KeyRefusedError("RSA keys must have a whole number of octets")
 
 
 _CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
