@@ -53,19 +53,25 @@ class DiskKeyManager:
 
         def remove() -> None:
             for purpose in KeyPurpose:
-                with contextlib.suppress(FileNotFoundError):
-                    self._path(key_id, purpose).unlink()
-                    crash_point("key.deleted")
+                path = self._path(key_id, purpose)
+                for file in (path, _temporary(path)):
+                    with contextlib.suppress(FileNotFoundError):
+                        file.unlink()
+                        crash_point("key.deleted")
 
         await asyncio.to_thread(remove)
 
     async def key_ids(self) -> frozenset[str]:
-        """Return the names of all keys in the folder."""
+        """Return the names of all keys in the folder, of those that a crash cut short too."""
 
         def names() -> frozenset[str]:
             if not self._folder.is_dir():
                 return frozenset()
-            return frozenset(one.name.split(".")[0] for one in self._folder.glob("*.key"))
+            return frozenset(
+                one.name.removeprefix(".").partition(".")[0]
+                for one in self._folder.iterdir()
+                if one.name.endswith((".key", ".key.new"))
+            )
 
         return await asyncio.to_thread(names)
 
@@ -135,7 +141,7 @@ def write_private_file(path: Path, data: bytes) -> None:
     Raises:
         KeyStoreError: it cannot be written; what was there stays.
     """
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = _temporary(path)
     try:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()  # left by a crash; O_EXCL below refuses links
@@ -157,6 +163,10 @@ def write_private_file(path: Path, data: bytes) -> None:
         crash_point("key_file.folder_synced")
     except OSError as error:
         raise KeyStoreError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 def read_private_file(path: Path) -> bytes:

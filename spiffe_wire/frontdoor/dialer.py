@@ -8,12 +8,13 @@ dial the server, verify the chain, and only then join the two.
 
 import asyncio
 import contextlib
+import json
 import shutil
 import ssl
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import grpc
 
@@ -23,6 +24,26 @@ from spiffe_wire.frontdoor.tls import peer_chain
 
 CONNECT_TIMEOUT = 5.0
 """Seconds for the TCP connection and the handshake together."""
+
+# A call that meets a connection which has just ended, by `cut` or by the server's age limit,
+# goes out again on the next one; a server that is away is another matter, for our own
+# back-off.
+_RETRIES: Final = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{}],
+                "retryPolicy": {
+                    "maxAttempts": 3,
+                    "initialBackoff": "0.02s",
+                    "maxBackoff": "0.2s",
+                    "backoffMultiplier": 3,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
 
 CheckServer = Callable[[tuple[bytes, ...]], None]
 """Verifies the server's chain and compares its SPIFFE ID, or raises."""
@@ -64,6 +85,7 @@ class Dialer:
             f"unix:{path}",
             options=[
                 ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.service_config", _RETRIES),
                 ("grpc.initial_reconnect_backoff_ms", 200),
                 ("grpc.max_reconnect_backoff_ms", 5000),
                 ("grpc.max_receive_message_length", 4 * 1024 * 1024),
