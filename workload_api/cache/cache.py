@@ -235,6 +235,8 @@ class WorkloadCache:
 
     def wake(self, change: Change, committed_at_micros: int = 0) -> None:
         """Tell those whom *change* concerns to look again."""
+        if not change:
+            return
         everybody = (
             change.everybody or len(change.entries) * len(self._waiters) > MAX_COMPARISONS
         )
