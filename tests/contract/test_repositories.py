@@ -4,6 +4,7 @@ What every repository promises, on a database made by the migrations.
 Runs on SQLite; another engine joins by one more parameter of `connection`.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -159,10 +160,14 @@ def test_an_id_is_taken_once(repos: Repositories) -> None:
 
 
 def test_ids_are_uuid7_in_order() -> None:
-    """Ids we choose are UUIDv7, so that later ones sort behind."""
-    made = [uuid7() for _ in range(3)]
+    """Ids we choose are UUIDv7 of now, and later ones sort behind (WAPI-56)."""
+    before = time.time_ns() // 1_000_000
+    made = [uuid7() for _ in range(5000)]
+    after = time.time_ns() // 1_000_000
     assert all(one[14] == "7" and one[19] in "89ab" and len(one) == 36 for one in made)
-    assert len(set(made)) == 3
+    assert made == sorted(set(made))
+    assert before <= int(made[0].replace("-", "")[:12], 16)
+    assert int(made[-1].replace("-", "")[:12], 16) <= after + 1
 
 
 def test_an_update_counts_and_keeps_the_creation(repos: Repositories) -> None:

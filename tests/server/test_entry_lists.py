@@ -217,7 +217,7 @@ def _bad_filters() -> dict[str, tuple[Any, str]]:
 
 @pytest.mark.parametrize("case", _bad_filters())
 async def test_sec_95_bad_filters_are_refused(listed: Any, case: str) -> None:
-    """SEC-95: an unknown or malformed filter is INVALID_ARGUMENT; it never widens the answer."""
+    """SEC-95: an unknown or malformed filter is refused; it never widens the answer."""
     running, _ = listed
     wanted, text = _bad_filters()[case]
     async with refused(Code.INVALID_ARGUMENT, text):
