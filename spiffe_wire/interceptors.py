@@ -18,7 +18,7 @@ from spiffe_core.crashpoints import crash_point
 from spiffe_wire.frontdoor.limits import STALL
 from spiffe_wire.frontdoor.peer import REGISTRY
 from spiffe_wire.logs import event
-from spiffe_wire.status import DETAILS_KEY, status_of
+from spiffe_wire.status import DETAILS_KEY, Outcome, status_of
 
 _log = logging.getLogger(__name__)
 
@@ -59,12 +59,19 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             started = time.monotonic()
+            outcome = _OK
+            answer = None
             try:
                 answer = await inner(request, context)
+            except grpc.aio.AbortError:
+                raise
             except Exception as error:  # noqa: BLE001 everything becomes a status
-                await self._fail(method, started, error, context)
-            crash_point(reply)
-            self._on_call(method, "OK", time.monotonic() - started)
+                outcome = self._failed(method, error)
+            else:
+                crash_point(reply)
+            self._on_call(method, outcome.code.name, time.monotonic() - started)
+            if outcome is not _OK:
+                await _abort(context, outcome)
             return answer
 
         return call
@@ -74,6 +81,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             started = time.monotonic()
+            outcome = _OK
             try:
                 # Closed here, so that a stream that was cut is not left to the collector.
                 async with contextlib.aclosing(inner(request, context)) as answers:
@@ -81,9 +89,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                         crash_point(reply)
                         with self._stalled(method, context):
                             yield answer
+            except grpc.aio.AbortError:
+                raise
             except Exception as error:  # noqa: BLE001 everything becomes a status
-                await self._fail(method, started, error, context)
-            self._on_call(method, "OK", time.monotonic() - started)
+                outcome = self._failed(method, error)
+            self._on_call(method, outcome.code.name, time.monotonic() - started)
+            if outcome is not _OK:
+                await _abort(context, outcome)
 
         return call
 
@@ -104,22 +116,22 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         finally:
             timer.cancel()
 
-    async def _fail(
-        self,
-        method: str,
-        started: float,
-        error: Exception,
-        context: grpc.aio.ServicerContext,
-    ) -> None:
-        if isinstance(error, grpc.aio.AbortError | asyncio.CancelledError):
-            raise error
+    def _failed(self, method: str, error: Exception) -> Outcome:
         outcome = status_of(error)
-        self._on_call(method, outcome.code.name, time.monotonic() - started)
         if outcome.code is grpc.StatusCode.INTERNAL:
             event(_log, logging.ERROR, "call_failed", method=method, exc_info=error)
-        if outcome.details is not None:
-            context.set_trailing_metadata(((DETAILS_KEY, outcome.details),))
-        await context.abort(outcome.code, outcome.text)
+        return outcome
+
+
+async def _abort(context: grpc.aio.ServicerContext, outcome: Outcome) -> None:
+    # Never inside `except`: grpcio keeps what is raised here, with its context, in a cycle,
+    # and so would keep every frame of the error and the pidfd that one of them holds.
+    if outcome.details is not None:
+        context.set_trailing_metadata(((DETAILS_KEY, outcome.details),))
+    await context.abort(outcome.code, outcome.text)
+
+
+_OK: Final = Outcome(grpc.StatusCode.OK, "")
 
 
 def _crash_point_of(method: str) -> str:
