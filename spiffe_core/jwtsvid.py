@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
-from jwt.algorithms import Algorithm
 
 from spiffe_core.authority import MAX_KEY_ID_BYTES
 from spiffe_core.bundle import BundleSet
@@ -23,6 +21,9 @@ from spiffe_core.errors import MalformedError
 from spiffe_core.keys import key_of_spki
 from spiffe_core.spiffeid import SpiffeId, SpiffeIdError
 from spiffe_core.strictjson import StrictJsonError, b64url_decode, loads
+
+if TYPE_CHECKING:
+    from jwt.algorithms import Algorithm
 
 MAX_TOKEN_BYTES: Final = 16 * 1024  # SEC-43
 MAX_HEADER_DEPTH: Final = 8  # SEC-43
@@ -177,11 +178,15 @@ def _check_header(header: Mapping[str, Any]) -> None:
 
 
 @lru_cache(maxsize=256)
-def _verifier(spki: bytes, algorithm: str) -> tuple[Algorithm, PublicKeyTypes]:
+def _verifier(spki: bytes, algorithm: str) -> tuple["Algorithm", PublicKeyTypes]:
     """Load a bundle's key once for each algorithm that fits it; the token never chooses."""
     key = key_of_spki(spki)
     if algorithm not in algorithms_of(key):
         raise JwtSvidError("token algorithm does not fit the key")
+    # Here and not above: an agent whose workloads validate none goes without it, and without
+    # the HTTP client that comes along.
+    import jwt
+
     return jwt.get_algorithm_by_name(algorithm), key
 
 

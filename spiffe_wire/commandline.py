@@ -215,9 +215,7 @@ def relative(at: int) -> str:
 
 def version_text(program: str) -> str:
     """Return what ``--version`` prints."""
-    from importlib.metadata import version
-
-    return f"{program} {version('spiffe-issuer')}"
+    return f"{program} {VERSION}"
 
 
 def completion_script(parser: "argparse.ArgumentParser", shell: str) -> str:

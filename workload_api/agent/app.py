@@ -14,13 +14,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from importlib import metadata
 from typing import Any, Final
 
 from prometheus_client import generate_latest
 
 from spiffe_core.errors import ErrorKind, SpiffeError
 from spiffe_core.spiffeid import TrustDomain
+from spiffe_core.version import VERSION
 from spiffe_wire.backoff import Backoff
 from spiffe_wire.frontdoor.dialer import Dialer
 from spiffe_wire.frontdoor.door import DoorLimits, FrontDoor
@@ -80,11 +80,6 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def version() -> str:
-    """The version of this installation."""
-    return metadata.version("spiffe-issuer")
-
-
 @asynccontextmanager
 async def serve(settings: AgentSettings, join_token: str = "") -> AsyncIterator[Agent]:
     """
@@ -126,7 +121,7 @@ async def serve(settings: AgentSettings, join_token: str = "") -> AsyncIterator[
             _now,
             settings.workloads.key_type,
             settings.server.sync_interval,
-            version(),
+            VERSION,
         )
         metrics = AgentMetrics()
         running = asyncio.create_task(_run(node, dialer, syncer, join_token, known=known))
@@ -198,7 +193,7 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
         )
     )
     servicer = AdminServicer(
-        cache, attestation, agent.node, agent.syncer, _now, lambda: public.proof, version()
+        cache, attestation, agent.node, agent.syncer, _now, lambda: public.proof, VERSION
     )
 
     def register_admin(server: Any) -> None:
