@@ -215,6 +215,8 @@ def relative(at: int) -> str:
 
 def version_text(program: str) -> str:
     """Return what ``--version`` prints."""
+    from spiffe_core.version import VERSION
+
     return f"{program} {VERSION}"
 
 
