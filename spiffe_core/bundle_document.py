@@ -18,6 +18,7 @@ from spiffe_core.authority import JwtAuthority, X509Authority
 from spiffe_core.bundle import Bundle, BundleError, BundleSet
 from spiffe_core.errors import MalformedError
 from spiffe_core.jwk import PRIVATE_MEMBERS, key_of_jwk, members_of
+from spiffe_core.jwtsvid import algorithms_of
 from spiffe_core.keys import key_of_spki, spki_of
 from spiffe_core.spiffeid import TrustDomain
 from spiffe_core.strictjson import StrictJsonError, b64_decode, dumps, loads
@@ -209,7 +210,14 @@ def _jwt_of(entry: Mapping[str, Any]) -> JwtAuthority:
     key_id = entry.get("kid")
     if not isinstance(key_id, str):
         raise _SkippedError("kid is missing")
-    return JwtAuthority(key_id, spki_of(key_of_jwk(entry)))
+    key = key_of_jwk(entry)
+    # No entry needs these two (BUNDLE-18), but one that has them says what the key is for.
+    if "alg" in entry and entry["alg"] not in algorithms_of(key):
+        raise _SkippedError("its alg does not fit the key")
+    operations = entry.get("key_ops", ["verify"])
+    if not isinstance(operations, list) or "verify" not in operations:
+        raise _SkippedError("its key_ops do not let it verify")
+    return JwtAuthority(key_id, spki_of(key))
 
 
 def _integer(document: Mapping[str, Any], name: str) -> int | None:
