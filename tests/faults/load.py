@@ -173,9 +173,19 @@ class Load:
             number += 1
             token = await self._at_last(self.server.join_token)
             folder = self.folder / f"n{number}"
-            async with a_node(folder, self.server, self.bundle_pem) as node:
-                await self._at_last(lambda node=node, token=token: node.attest(token))
-                await self._sign(node, token.partition(".")[0])
+            while not await self._attested(folder, token):
+                await self.up.wait()
+
+    async def _attested(self, folder: Path, token: str) -> bool:
+        """Attest with a fresh channel, which waits out no back-off; False: no answer."""
+        async with a_node(folder, self.server, self.bundle_pem) as node:
+            try:
+                await answered(node.attest(token))
+            except NoAnswerError:
+                self.unanswered += 1
+                return False
+            await self._sign(node, token.partition(".")[0])
+            return True
 
     async def _at_last(self, ask: Callable[[], Awaitable[Any]]) -> Any:
         """What *ask* answers, asked again until a server lives long enough."""
