@@ -239,8 +239,8 @@ fact that differs. Exit code 1 when there is no identity.
 `bundle.<trust domain>.pem` for each trust domain.
 """,
     "issuer-agent watch": """
-Ends when the agent ends the stream: with code 1 when this process has no identity any more,
-with 3 when the agent is gone. JSON is one line for each update.
+Ends when the agent ends the stream: with code 1 when this process has no identity any more, or
+the agent stops; with 3 when the agent is gone. JSON is one line for each update.
 """,
 }
 

@@ -1,4 +1,4 @@
-"""``issuer doctor`` and ``issuer healthcheck``: what is wrong here, and what to do about it."""
+"""``issuer doctor``: what is wrong here, and what to do about it."""
 
 import argparse
 import os
@@ -13,12 +13,12 @@ from typing import Any
 
 from issuer.cli.calls import call
 from issuer.cli.database import schema_of
+from issuer.cli.health import serving
 from issuer.cli.server import settings_of
 from issuer.config import ServerSettings
 from spiffe_core.errors import SpiffeError
-from spiffe_wire.commandline import DONE, REFUSED, CommandError, say, show, table
+from spiffe_wire.commandline import DONE, REFUSED, CommandError, show, table
 from spiffe_wire.frontdoor import kernel
-from spiffe_wire.pb.grpc.health.v1 import health_pb2, health_pb2_grpc
 from spiffe_wire.pb.spiffe_issuer.v1 import agentadmin_pb2, agentadmin_pb2_grpc
 
 GOOD, WARN, BAD = "good", "warn", "bad"
@@ -49,20 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         show({"findings": rows}, arguments.output)
     return REFUSED if any(one.verdict == BAD for one in findings) else DONE
-
-
-def healthcheck(arguments: argparse.Namespace) -> int:
-    """Ask the server whether it is healthy."""
-
-    async def ask(channel: Any) -> Any:
-        return await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-
-    serving = call(arguments.socket, ask).status == 1
-    if not serving:
-        say("Server is not healthy: its /ready page says why")
-        return REFUSED
-    show({"healthy": True}, arguments.output, "Server is healthy.")
-    return DONE
 
 
 def _findings(arguments: argparse.Namespace) -> Iterator[Finding]:
@@ -169,8 +155,7 @@ def _answer(what: str, path: str, ask: Callable[[Any], Any]) -> Finding:
 
 
 async def _ask_server(channel: Any) -> str:
-    answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-    return "serving" if answer.status == 1 else "not ready"
+    return "serving" if await serving(channel) else "not ready: its /ready page says why"
 
 
 async def _ask_agent(channel: Any) -> str:

@@ -377,7 +377,7 @@ def _doctor(one: argparse.ArgumentParser) -> None:
 
 
 def _healthcheck(one: argparse.ArgumentParser) -> None:
-    one.set_defaults(run="doctor:healthcheck")
+    one.set_defaults(run="health:healthcheck")
     _asks(one)
 
 
