@@ -3,21 +3,27 @@
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final
 
 from spiffe_core.errors import ExhaustedError
 
-MAX_KEYS = 65_536
-MAX_WAIT = 5.0
+MAX_KEYS: Final = 65_536
+MAX_WAIT: Final = 5.0
 """Seconds that a call waits for its turn before it is refused."""
 
 
 class RateLimit:
-    """*rate* a second for each key; the oldest keys are forgotten."""
+    """*rate* a second for each key, 0 for any; keys that were longest away are forgotten."""
 
-    def __init__(self, what: str, rate: float) -> None:
+    def __init__(
+        self, what: str, rate: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._what = what
         self._rate = rate
-        self._ready_at: OrderedDict[str, float] = OrderedDict()
+        self._now = now
+        self._taken_until: OrderedDict[str, float] = OrderedDict()
+        """For each key, the instant at which its bucket has what was taken so far."""
 
     async def take(self, key: str, count: int = 1) -> None:
         """
@@ -26,23 +32,34 @@ class RateLimit:
         Raises:
             ExhaustedError: more than a bucket at once, or the queue is too long.
         """
+        wait = self.reserve(key, count)
+        if wait > 0:
+            await asyncio.sleep(wait)
+
+    def reserve(self, key: str, count: int = 1) -> float:
+        """
+        Take *count* turns of *key*, and return how many seconds they are away.
+
+        Nothing is awaited here, so two who race are served one after the other.
+
+        Raises:
+            ExhaustedError: more than a bucket at once, or too far away; nothing was taken.
+        """
         if self._rate <= 0:
-            return
+            return 0.0
         if count > max(self._rate, 1):
             raise ExhaustedError(
                 f"rejecting request due to {self._what} rate limiting: "
                 f"rate ({count}) exceeds burst size ({self._rate:g})"
             )
-        now = time.monotonic()
-        # The bucket is full when nothing was taken for a second.
-        start = max(self._ready_at.pop(key, 0.0), now - max(1.0, 1 / self._rate))
-        ready_at = start + count / self._rate
-        wait = ready_at - now
-        if wait > MAX_WAIT:
-            self._ready_at[key] = start
+        now = self._now()
+        # The bucket is full when nothing was taken for as long as it takes to fill it.
+        full = now - max(1.0, 1 / self._rate)
+        until = max(self._taken_until.get(key, full), full) + count / self._rate
+        if until - now > MAX_WAIT:
             raise ExhaustedError(f"rejecting request due to {self._what} rate limiting")
-        self._ready_at[key] = ready_at
-        while len(self._ready_at) > MAX_KEYS:
-            self._ready_at.popitem(last=False)
-        if wait > 0:
-            await asyncio.sleep(wait)
+        self._taken_until[key] = until
+        self._taken_until.move_to_end(key)
+        if len(self._taken_until) > MAX_KEYS:
+            self._taken_until.popitem(last=False)
+        return max(0.0, until - now)

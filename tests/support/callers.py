@@ -11,6 +11,7 @@ import contextlib
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ from tests.support.stack import TRUST_DOMAIN, a_folder, channel_to, entry_messag
 from workload_api.node.keys import make_csr, make_key
 
 Code = grpc.StatusCode
-NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME: it knows no driven clock
+NO_CHECK_TIME = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME: OpenSSL knows no driven clock; both ends look again by theirs."""
 PATIENCE = 10.0
 
 
@@ -156,6 +158,12 @@ class Running:
         await self.settled()
         return [result.entry for result in answer.results]
 
+    async def advance(self, span: timedelta) -> None:
+        """Move a driven clock on, and return once the server presents a good SVID again."""
+        own = self.server.own
+        own.clock.advance(span)  # type: ignore[attr-defined]
+        await eventually(lambda: own.svid and own.svid.validity.covers(own.clock.now()))
+
     async def settled(self) -> None:
         """Return once every change so far is folded into memory."""
         seq = await self.server.store.read(lambda repos: repos.events.last())
@@ -195,6 +203,7 @@ async def dialing(
         roots = [one.der for one in server.hub.bundle.x509_authorities]
         made = client_context(roots, holder.chain, holder.key)
         made.verify_flags |= NO_CHECK_TIME
+        server.own.context().verify_flags |= NO_CHECK_TIME
         return made
 
     def check(presented: tuple[bytes, ...]) -> None:

@@ -29,7 +29,7 @@ def epoch_of(path: Path) -> str:
 
 
 async def test_sec_64_a_restored_database_is_not_taken_for_the_present(tmp_path: Path) -> None:
-    """SEC-64, BUNDLE-08: new epoch, no token to use again, higher numbers; the rest is there."""
+    """SEC-64, BUNDLE-08: new epoch, no token to use again, higher numbers, all the rest."""
     copy = tmp_path / "copy.db"
     async with a_store(tmp_path / "old") as store:
         await store.write(seed)

@@ -71,7 +71,7 @@ def test_sec_95_another_trust_domain_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "issuer.db"
     prepare(path, TD).dispose()
     with pytest.raises(
-        PreconditionError, match="belongs to trust domain example.org"
+        PreconditionError, match=r"belongs to trust domain example\.org"
     ) as caught:
         prepare(path, TrustDomain("other.org"))
     assert "`data_dir`" in str(caught.value)
