@@ -89,7 +89,7 @@ class AgentStorage:
             tree = _load(self._node)
             if tree is None:
                 return None
-            state = NodeState(_bytes(tree["key"]), tuple(_bytes(one) for one in tree["chain"]))
+            state = NodeState(_bytes(tree["key"]), _chain(tree["chain"]))
             check_key(state.key, state.chain)
         except (MalformedError, KeyError, TypeError, ValueError) as error:
             raise StorageError(
@@ -217,7 +217,7 @@ class Snapshot:
 
 def _held_of(entry_id: str, one: dict[str, Any], seal: AESGCM) -> HeldSvid | None:
     sealed = _bytes(one["key"])
-    chain = tuple(_bytes(der) for der in one["chain"])
+    chain = _chain(one["chain"])
     try:
         key = seal.decrypt(sealed[:12], sealed[12:], _seal_of(entry_id, chain))
     except InvalidTag:
@@ -273,6 +273,12 @@ def _bytes(text: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:
         raise ValueError("not base64") from error
+
+
+def _chain(texts: object) -> tuple[bytes, ...]:
+    if not isinstance(texts, list):
+        raise TypeError("not a list of certificates")
+    return tuple(_bytes(one) for one in texts)
 
 
 def _read(path: Path) -> bytes | None:
