@@ -16,6 +16,7 @@ from spiffe_core.authority import X509Authority
 from spiffe_core.bundle import Bundle, BundleSet
 from spiffe_core.errors import MalformedError
 from spiffe_core.keys import spki_of
+from spiffe_core.lifetime import renew_at
 from spiffe_core.pem import certificates_to_pem
 from spiffe_core.spiffeid import SpiffeId
 from spiffe_core.x509svid import X509Svid, X509SvidError, verify_x509_svid
@@ -230,6 +231,15 @@ def test_a_leaf_lies_inside_its_issuer() -> None:
     assert made.svid.validity.not_after == short.authority.validity.not_after
     assert made.svid.validity.not_before >= short.authority.validity.not_before
     assert issued().svid.validity.not_before == NOW - timedelta(seconds=60)
+
+
+@pytest.mark.parametrize("seconds", [1, 5, 30, 60, 239, 240, 3600])
+def test_a_short_life_is_backdated_less(seconds: int) -> None:
+    """SEC-106: however short its life, a leaf is never due for renewal as it begins."""
+    validity = issued(ttl=timedelta(seconds=seconds)).svid.validity
+
+    assert validity.not_before == NOW - min(timedelta(seconds=60), SECOND * (seconds // 4))
+    assert renew_at(validity, -1) > NOW
 
 
 @pytest.mark.parametrize("kind", KINDS)
