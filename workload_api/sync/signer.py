@@ -79,7 +79,7 @@ class Signer:
 
     async def sign_due(self) -> int:
         """
-        Sign what is due, the never signed first; return how many went well.
+        Sign what is due; return how many went well.
 
         Raises:
             SpiffeError: what the server said to the call as a whole.
@@ -106,7 +106,12 @@ class Signer:
             )
 
     def _due(self) -> list[RegistrationEntry]:
-        """Entries without a good SVID of their revision, or past their share of its life."""
+        """
+        Entries without a good SVID of their revision, or past their share of its life.
+
+        Those that never had one come first, and of these the newest: where thousands are to
+        be signed at once, as at the start, one that is just added does not wait for them.
+        """
         self._wanted.clear()
         self._forget_the_gone()
         now, monotonic = self.now(), time.monotonic()
@@ -122,7 +127,7 @@ class Signer:
             if entry.id in self._put_off and self._put_off[entry.id][0] > monotonic:
                 continue
             (never if held is None else again).append(entry)
-        return never + again
+        return never[::-1] + again
 
     def _is_fresh(
         self, entry: RegistrationEntry, held: HeldSvid, trusted: frozenset[str], now: datetime
