@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from cryptography import x509
 
-from spiffe_core.entry import check_dns_name
+from ca.x509 import check_dns_names
 from spiffe_core.errors import MalformedError
-from spiffe_core.keys import MAX_CSR_BYTES, check_public_key, spki_of
+from spiffe_core.keys import MAX_CSR_BYTES, SIGNATURE_HASHES, check_public_key, spki_of
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
 
 
@@ -56,7 +56,8 @@ def mint_request_of(
         names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         raise CsrError("CSR URI SAN is required") from None
-    except ValueError as error:
+    except Exception as error:
+        # Doubled, unknown and unparsable extensions each have an exception of their own.
         raise CsrError("malformed CSR: its extensions cannot be read") from error
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) != 1:
@@ -67,10 +68,12 @@ def mint_request_of(
         raise CsrError(f"CSR URI SAN is invalid: {error}") from error
     dns_names = tuple(names.get_values_for_type(x509.DNSName))
     try:
-        for name in dns_names:
-            check_dns_name(name)
+        check_dns_names(dns_names)
     except MalformedError as error:
         raise CsrError(f"CSR DNS name is invalid: {error}") from error
+    covered = {f"*.{name.partition('.')[2]}" for name in dns_names if name[:2] != "*."}
+    if covered & set(dns_names):
+        raise CsrError("CSR DNS name contains a wildcard that covers another non-wildcard name")
     return MintRequest(spiffe_id, key, dns_names)
 
 
@@ -88,11 +91,14 @@ def _parse(csr: bytes) -> x509.CertificateSigningRequest:
 def _key_of(parsed: x509.CertificateSigningRequest, refused: Collection[bytes]) -> bytes:
     try:
         key = check_public_key(parsed.public_key())
+        digest = parsed.signature_hash_algorithm
         good = parsed.is_signature_valid
     except MalformedError as error:
         raise CsrError(f"malformed CSR: {error}") from error
     except Exception as error:
         raise CsrError("malformed CSR: its key or signature cannot be read") from error
+    if digest is not None and digest.name not in SIGNATURE_HASHES:
+        raise CsrError("malformed CSR: it is signed with a hash that is not accepted")
     if not good:
         raise CsrError("invalid CSR signature: the request is not signed by its own key")
     spki = spki_of(key)

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from ca.active import ActiveJwt
-from ca.x509 import LintError
+from ca.x509 import LintError, check_span
 from spiffe_core.errors import MalformedError, NotReadyError
 from spiffe_core.jwtsvid import JwtSvid
 from spiffe_core.spiffeid import SpiffeId
@@ -29,6 +29,8 @@ class JwtProfile:
     issuer: str = ""
 
     def __post_init__(self) -> None:
+        check_span("JWT-SVID", self.default_ttl)
+        check_span("JWT-SVID", self.max_ttl)
         if not timedelta(0) < self.default_ttl <= self.max_ttl:
             raise MalformedError("JWT-SVID lifetime must be above 0 and within its cap")
 
@@ -75,8 +77,7 @@ def sign_jwt(
         NotReadyError: the authority has expired.
         LintError: what was signed is not what was meant; it was thrown away.
     """
-    if ttl < timedelta(0):
-        raise MalformedError("JWT-SVID TTL is negative")
+    check_span("JWT-SVID", ttl)
     if not spiffe_id.path:
         raise MalformedError("a JWT-SVID's SPIFFE ID must have a path")
     values = check_audience(audience)

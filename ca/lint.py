@@ -11,11 +11,12 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
-from ca.active import ActiveX509
+from ca.active import ActiveX509, key_usage
 from ca.keys.protocol import KeyPurpose, SigningKey
 from ca.x509 import (
+    LINTED,
     CheckedProfile,
     LintError,
     X509Profile,
@@ -41,7 +42,7 @@ def check_profile(profile: X509Profile, now: datetime) -> CheckedProfile:
     Raises:
         LintError: names the rule that its certificate breaks.
     """
-    checked = CheckedProfile(profile)
+    checked = CheckedProfile(profile, LINTED)
     key = SigningKey("scratch", KeyPurpose.X509_CA, ec.generate_private_key(ec.SECP256R1()))
     root = self_signed(key, _DOMAIN, now=now, ttl=timedelta(days=400))
     leaf_key = ec.generate_private_key(ec.SECP256R1())
@@ -73,7 +74,7 @@ def lint_leaf(certificate: x509.Certificate) -> None:
     for rule, check in CHECKS.items():
         try:
             good = check(certificate)
-        except x509.ExtensionNotFound:
+        except (x509.ExtensionNotFound, MalformedError):
             good = False
         if not good:
             raise LintError(f"the profile breaks {rule}")
@@ -83,9 +84,25 @@ def _extension(certificate: x509.Certificate, kind: type[x509.ExtensionType]) ->
     return certificate.extensions.get_extension_for_class(kind)
 
 
+def _names(certificate: x509.Certificate) -> list[x509.GeneralName]:
+    return list(_extension(certificate, x509.SubjectAlternativeName).value)
+
+
 def _uris(certificate: x509.Certificate) -> list[str]:
-    names = _extension(certificate, x509.SubjectAlternativeName).value
-    return list(names.get_values_for_type(x509.UniformResourceIdentifier))
+    uri = x509.UniformResourceIdentifier
+    return [name.value for name in _names(certificate) if isinstance(name, uri)]
+
+
+_EXTENSIONS: Final = frozenset(
+    {
+        ExtensionOID.BASIC_CONSTRAINTS,
+        ExtensionOID.KEY_USAGE,
+        ExtensionOID.EXTENDED_KEY_USAGE,
+        ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
+        ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
+        ExtensionOID.SUBJECT_KEY_IDENTIFIER,
+    }
+)
 
 
 CHECKS: Final[dict[str, Check]] = {
@@ -94,10 +111,19 @@ CHECKS: Final[dict[str, Check]] = {
     "X509-06 (empty subject, critical SAN)": lambda c: (
         bool(list(c.subject)) != _extension(c, x509.SubjectAlternativeName).critical
     ),
-    "X509-15 (cA FALSE, present)": lambda c: not _extension(c, x509.BasicConstraints).value.ca,
+    "X509-03 (no other names)": lambda c: all(
+        isinstance(name, x509.UniformResourceIdentifier | x509.DNSName) for name in _names(c)
+    ),
+    "X509-15 (cA FALSE, present)": lambda c: (
+        _extension(c, x509.BasicConstraints).critical
+        and not _extension(c, x509.BasicConstraints).value.ca
+    ),
     "X509-20 (key usage critical)": lambda c: _extension(c, x509.KeyUsage).critical,
     "X509-23 (digitalSignature)": lambda c: (
         _extension(c, x509.KeyUsage).value.digital_signature
+    ),
+    "X509-24 (digitalSignature alone)": lambda c: (
+        _extension(c, x509.KeyUsage).value == key_usage(digital_signature=True)
     ),
     "X509-25 (no keyCertSign, cRLSign)": lambda c: (
         not (
@@ -114,5 +140,9 @@ CHECKS: Final[dict[str, Check]] = {
         _extension(c, x509.AuthorityKeyIdentifier).value.key_identifier is not None
     ),
     "X509-45 (SKI)": lambda c: bool(_extension(c, x509.SubjectKeyIdentifier).value.digest),
+    "X509-45 (issuer's name)": lambda c: bool(list(c.issuer)),
+    "conformance 3.4 (these extensions alone)": lambda c: (
+        {one.oid for one in c.extensions} == _EXTENSIONS
+    ),
     "SEC-22 (serial)": lambda c: 1 << 128 <= c.serial_number < 1 << 159,
 }

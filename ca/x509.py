@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
 from ca.active import ActiveX509, key_usage, signature_hash
-from ca.keys.protocol import KeyPurpose, SigningKey
+from ca.keys.protocol import KeyPurpose, PrivateKey, SigningKey
 from spiffe_core.authority import X509Authority
+from spiffe_core.entry import MAX_DNS_NAMES, check_dns_name
 from spiffe_core.errors import InternalError, MalformedError, NotReadyError
 from spiffe_core.keys import check_certificate_size, key_of_spki
 from spiffe_core.lifetime import Validity
@@ -25,6 +26,7 @@ from spiffe_core.spiffeid import SpiffeId, TrustDomain
 from spiffe_core.x509svid import X509Svid
 
 MAX_BACKDATE: Final = timedelta(minutes=5)  # SEC-16
+_SECOND: Final = timedelta(seconds=1)
 SERIAL_BITS: Final = 159  # at most 20 octets, positive (X509-45, SEC-22)
 
 
@@ -41,17 +43,32 @@ class X509Profile:
     backdate: timedelta = timedelta(seconds=60)
 
     def __post_init__(self) -> None:
+        for span in (self.default_ttl, self.max_ttl, self.backdate):
+            check_span("X.509-SVID", span)
         if not timedelta(0) < self.default_ttl <= self.max_ttl:
             raise MalformedError("X.509-SVID lifetime must be above 0 and within its cap")
         if not timedelta(0) <= self.backdate <= MAX_BACKDATE:
             raise MalformedError("backdate must be 0 to 5 minutes")
 
 
-@dataclass(frozen=True, slots=True)
 class CheckedProfile:
     """A profile that made a good certificate with a throw-away key; `ca.lint` makes it."""
 
-    profile: X509Profile
+    __slots__ = ("_profile",)
+
+    def __init__(self, profile: X509Profile, proof: object = None) -> None:
+        if proof is not LINTED:
+            raise LintError("a profile signs nothing before `check_profile` has seen it")
+        self._profile = profile
+
+    @property
+    def profile(self) -> X509Profile:
+        """The profile."""
+        return self._profile
+
+
+LINTED: Final = object()
+"""What `ca.lint`, and nobody else, vouches for a profile with."""
 
 
 @dataclass(slots=True)
@@ -103,26 +120,30 @@ def prepare_x509(
 
     Raises:
         NotReadyError: the authority ends before the leaf would begin to be of use.
-        MalformedError: the ID has no path, or the lifetime is negative.
+        MalformedError: the ID has no path, a DNS name or their number breaks a rule, or the
+            lifetime is negative or no whole seconds.
     """
     if not spiffe_id.path:
         raise MalformedError("a leaf's SPIFFE ID must have a path")
-    if ttl < timedelta(0):
-        raise MalformedError("X.509-SVID TTL is negative")
+    check_dns_names(dns_names)
+    check_span("X.509-SVID", ttl)
     profile = checked.profile
     wanted = ttl or profile.default_ttl
-    begin = now.replace(microsecond=0) - profile.backdate
+    second = now.replace(microsecond=0)
     ends = authority.authority.validity
-    end = min(now.replace(microsecond=0) + min(wanted, profile.max_ttl), ends.not_after)
+    # The cap comes first: a TTL may reach beyond the calendar.
+    end = min(second + min(wanted, profile.max_ttl), ends.not_after)
     if end <= now:
         raise NotReadyError("the X.509 authority has expired; it is renewed by itself")
+    # Were a short life backdated by more, it would be due for renewal as soon as it begins.
+    begin = second - min(profile.backdate, timedelta(seconds=(end - second) // _SECOND // 4))
     return PreparedX509(
         spiffe_id,
         public_key,
         Validity(max(begin, ends.not_before), end),
         dns_names,
         random_serial(),
-        end < now.replace(microsecond=0) + wanted,
+        end - second < wanted,
         authority,
     )
 
@@ -132,16 +153,42 @@ def sign_x509(prepared: PreparedX509) -> SignedX509:
     Sign what was prepared, parse it back and compare (SEC-24).
 
     Raises:
-        LintError: the result differs; nothing leaves.
+        LintError: the result differs, or it was signed already; nothing leaves.
+        KeyRefusedError: the public key is not one that a leaf may have.
     """
     prepared.spend()
     authority = prepared.authority
-    private = authority.private
-    leaf = _leaf_of(prepared)
-    certificate = _builder(prepared, leaf).sign(private, signature_hash(private))
+    leaf = leaf_of(prepared)
+    certificate = _builder(prepared, leaf).sign(leaf.signer, signature_hash(leaf.signer))
     der = certificate.public_bytes(serialization.Encoding.DER)
-    svid = _compared(der, prepared, leaf)
+    svid = compared(der, prepared, leaf)
     return SignedX509(svid, authority.authority.authority_id, prepared.clamped)
+
+
+def check_span(what: str, span: timedelta) -> None:
+    """
+    Check a lifetime (SEC-22): certificates and tokens count whole seconds.
+
+    Raises:
+        MalformedError: it is negative, or holds parts of a second.
+    """
+    if span < timedelta(0):
+        raise MalformedError(f"{what} TTL is negative")
+    if span.microseconds:
+        raise MalformedError(f"{what} TTL must be whole seconds")
+
+
+def check_dns_names(names: tuple[str, ...]) -> None:
+    """
+    Check the DNS names of one certificate (SEC-25).
+
+    Raises:
+        MalformedError: too many, or one of them is none.
+    """
+    if len(names) > MAX_DNS_NAMES:
+        raise MalformedError(f"more than {MAX_DNS_NAMES} DNS names")
+    for name in names:
+        check_dns_name(name)
 
 
 def random_serial() -> int:
@@ -188,15 +235,22 @@ _NO_SUBJECT: Final = x509.Name([])
 
 
 @dataclass(frozen=True, slots=True)
-class _Leaf:
+class Leaf:
     """What a prepared certificate is to hold, in the library's values."""
 
     subject: x509.Name
     public: Any
+    signer: PrivateKey = field(repr=False)
     extensions: list[x509.Extension[x509.ExtensionType]]
 
 
-def _leaf_of(prepared: PreparedX509) -> _Leaf:
+def leaf_of(prepared: PreparedX509) -> Leaf:
+    """
+    Return what *prepared* is to become.
+
+    Raises:
+        KeyRefusedError: its public key is not one that a leaf may have.
+    """
     public: Any = key_of_spki(prepared.public_key)  # checked: RSA, EC or Ed25519
     # X509-06: an empty subject needs a critical SAN; a first DNS name goes into the subject
     # too, for clients that still look there (SPIRE API 7.1).
@@ -210,9 +264,10 @@ def _leaf_of(prepared: PreparedX509) -> _Leaf:
         ]
     )
     key_id = x509.SubjectKeyIdentifier.from_public_key(public)
-    return _Leaf(
+    return Leaf(
         subject,
         public,
+        prepared.authority.private,
         [
             *prepared.authority.leaf_extensions,
             x509.Extension(names.oid, subject is _NO_SUBJECT, names),
@@ -221,7 +276,7 @@ def _leaf_of(prepared: PreparedX509) -> _Leaf:
     )
 
 
-def _builder(prepared: PreparedX509, leaf: _Leaf) -> x509.CertificateBuilder:
+def _builder(prepared: PreparedX509, leaf: Leaf) -> x509.CertificateBuilder:
     # In one step: its setters copy it each time, which would be a tenth of the issuance.
     return x509.CertificateBuilder(
         issuer_name=prepared.authority.issuer_name,
@@ -234,8 +289,13 @@ def _builder(prepared: PreparedX509, leaf: _Leaf) -> x509.CertificateBuilder:
     )
 
 
-def _compared(der: bytes, prepared: PreparedX509, leaf: _Leaf) -> X509Svid:
-    """Every field of what was signed, and every extension whole; `ca.lint` saw the profile."""
+def compared(der: bytes, prepared: PreparedX509, leaf: Leaf) -> X509Svid:
+    """
+    Compare every field of what was signed, and every extension whole, with what was prepared.
+
+    Raises:
+        LintError: something differs (SEC-24).
+    """
     try:
         check_certificate_size(der)
         parsed = x509.load_der_x509_certificate(der)
@@ -243,6 +303,7 @@ def _compared(der: bytes, prepared: PreparedX509, leaf: _Leaf) -> X509Svid:
         names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         same = (
             parsed.version is x509.Version.v3
+            and type(parsed.signature_hash_algorithm) is type(signature_hash(leaf.signer))
             and parsed.serial_number == prepared.serial_number
             and parsed.issuer == prepared.authority.issuer_name
             and parsed.not_valid_before_utc == prepared.validity.not_before

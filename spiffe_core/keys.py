@@ -21,6 +21,7 @@ MAX_CSR_BYTES: Final = 16 * 1024
 MIN_RSA_BITS: Final = 2048  # SEC-15
 MAX_RSA_BITS: Final = 4096
 RSA_EXPONENT: Final = 65537
+SIGNATURE_HASHES: Final = frozenset({"sha256", "sha384", "sha512"})  # SEC-15: no SHA-1, MD5
 
 
 class KeyRefusedError(MalformedError):

@@ -25,6 +25,7 @@ from spiffe_core.errors import MalformedError
 from spiffe_core.keys import (
     MAX_CHAIN_BYTES,
     MAX_CHAIN_CERTIFICATES,
+    SIGNATURE_HASHES,
     KeyRefusedError,
     check_certificate_size,
     check_public_key,
@@ -35,7 +36,6 @@ MAX_SIGNATURE_CHECKS: Final = 64  # SEC-14; the library itself would go on to 20
 BOTH_PURPOSES: Final = frozenset(
     {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
 )
-_SIGNATURE_HASHES: Final = frozenset({"sha256", "sha384", "sha512"})  # SEC-15: no SHA-1, MD5
 # Rules that neither the library nor we evaluate; on a CA they may forbid the path.
 _POLICY_RULES: Final = frozenset(
     {
@@ -164,7 +164,7 @@ def _check_common(certificate: x509.Certificate) -> None:
     check_public_key(certificate.public_key())
     _ = certificate.issuer, certificate.subject  # parsed late: here, where errors are expected
     algorithm = certificate.signature_hash_algorithm
-    if algorithm is not None and algorithm.name not in _SIGNATURE_HASHES:
+    if algorithm is not None and algorithm.name not in SIGNATURE_HASHES:
         raise X509SvidError("certificate is signed with a hash that is not accepted")
 
 
