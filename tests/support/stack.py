@@ -26,12 +26,15 @@ import yaml
 
 from issuer.app import Server, serve
 from issuer.config import RateLimits, ServerSettings, Status
+from spiffe_core.bundle import Bundle
 from spiffe_core.pem import certificates_to_pem
+from spiffe_wire.convert.bundle import bundle_to_wire
 from spiffe_wire.pb.spiffe_issuer.v1 import agentadmin_pb2, agentadmin_pb2_grpc
 from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2, agent_pb2_grpc
 from spiffe_wire.pb.spire.api.server.bundle.v1 import bundle_pb2, bundle_pb2_grpc
 from spiffe_wire.pb.spire.api.server.entry.v1 import entry_pb2, entry_pb2_grpc
 from spiffe_wire.pb.spire.api.types import entry_pb2 as types_pb2
+from spiffe_wire.pb.spire.api.types import spiffeid_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 TRUST_DOMAIN = "example.org"
@@ -201,6 +204,42 @@ class ServerCalls:
         assert result.status.code == 0, result.status.message
         return result.entry
 
+    async def update_entry(self, entry: Any) -> Any:
+        """Make the entry of this ID what *entry* says, and return it as it is stored now."""
+        async with self.channel() as channel:
+            answer = await entry_pb2_grpc.EntryStub(channel).BatchUpdateEntry(
+                entry_pb2.BatchUpdateEntryRequest(entries=[entry])
+            )
+        (result,) = answer.results
+        assert result.status.code == 0, result.status.message
+        return result.entry
+
+    async def delete_entries(self, *entries: Any) -> None:
+        """Delete entries."""
+        async with self.channel() as channel:
+            answer = await entry_pb2_grpc.EntryStub(channel).BatchDeleteEntry(
+                entry_pb2.BatchDeleteEntryRequest(ids=[one.id for one in entries])
+            )
+        assert all(one.status.code == 0 for one in answer.results)
+
+    async def set_bundle(self, bundle: Bundle) -> None:
+        """Add or replace the bundle of another trust domain."""
+        async with self.channel() as channel:
+            answer = await bundle_pb2_grpc.BundleStub(channel).BatchSetFederatedBundle(
+                bundle_pb2.BatchSetFederatedBundleRequest(bundle=[bundle_to_wire(bundle)])
+            )
+        assert answer.results[0].status.code == 0, answer.results[0].status.message
+
+    async def ban(self, agent_id: str) -> None:
+        """Ban an agent."""
+        wanted = spiffeid_pb2.SPIFFEID(
+            trust_domain=TRUST_DOMAIN, path=agent_id.removeprefix(f"spiffe://{TRUST_DOMAIN}")
+        )
+        async with self.channel() as channel:
+            await agent_pb2_grpc.AgentStub(channel).BanAgent(
+                agent_pb2.BanAgentRequest(id=wanted)
+            )
+
 
 @dataclass
 class ServerProcess(ServerCalls):
@@ -333,6 +372,14 @@ class AgentProcess:
     def workload(self) -> Any:
         """A channel to its workload socket, as an async context manager."""
         return channel_to(self.workload_socket)
+
+    async def renew(self) -> int:
+        """Have every SVID signed anew; return how many there were."""
+        async with self.admin() as channel:
+            answer = await agentadmin_pb2_grpc.AgentAdminStub(channel).RenewSvids(
+                agentadmin_pb2.RenewSvidsRequest()
+            )
+        return int(answer.renewed)
 
     async def until_svids(self, count: int) -> None:
         """Wait until it holds *count* SVIDs."""
