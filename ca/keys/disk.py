@@ -8,7 +8,6 @@ readable by others is refused with its name; it is never replaced by a new key i
 import asyncio
 import contextlib
 import os
-import re
 import stat
 from pathlib import Path
 from typing import Final
@@ -21,6 +20,7 @@ from ca.keys.protocol import (
     KeyStoreError,
     PrivateKey,
     SigningKey,
+    check_key_id,
     generate_private_key,
     pkcs8_of,
 )
@@ -31,7 +31,6 @@ MAX_FILE_BYTES: Final = 16 * 1024
 _SHA256: Final = hashes.SHA256()
 _ECDSA: Final = ec.ECDSA(_SHA256)
 _PKCS1: Final = padding.PKCS1v15()
-_NAME = re.compile(r"[a-z0-9-]{1,100}")
 
 
 class DiskKeyManager:
@@ -51,58 +50,76 @@ class DiskKeyManager:
     async def delete(self, key_id: str) -> None:
         """Remove every file of a key."""
 
-        def remove() -> None:
-            for purpose in KeyPurpose:
-                path = self._path(key_id, purpose)
-                for file in (path, _temporary(path)):
-                    with contextlib.suppress(FileNotFoundError):
-                        file.unlink()
-                        crash_point("key.deleted")
-
-        await asyncio.to_thread(remove)
+        await asyncio.to_thread(self._delete, key_id)
 
     async def key_ids(self) -> frozenset[str]:
         """Return the names of all keys in the folder, of those that a crash cut short too."""
 
-        def names() -> frozenset[str]:
-            if not self._folder.is_dir():
-                return frozenset()
-            return frozenset(
-                one.name.removeprefix(".").partition(".")[0]
-                for one in self._folder.iterdir()
-                if one.name.endswith((".key", ".key.new"))
-            )
-
-        return await asyncio.to_thread(names)
+        return await asyncio.to_thread(self._key_ids)
 
     def _path(self, key_id: str, purpose: KeyPurpose) -> Path:
-        if _NAME.fullmatch(key_id) is None:
-            raise KeyStoreError("a key's name must be a-z 0-9 and -")
-        return self._folder / f"{key_id}.{purpose.value}.key"
+        return self._folder / f"{check_key_id(key_id)}.{purpose.value}.key"
+
+    def _delete(self, key_id: str) -> None:
+        for purpose in KeyPurpose:
+            path = self._path(key_id, purpose)
+            for file in (path, _temporary(path)):
+                try:
+                    file.unlink()
+                    crash_point("key.deleted")
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    raise KeyStoreError(f"cannot remove {file}: {error.strerror}") from error
+
+    def _key_ids(self) -> frozenset[str]:
+        try:
+            names = os.listdir(self._folder)
+        except FileNotFoundError:
+            return frozenset()
+        except OSError as error:
+            raise KeyStoreError(f"cannot list {self._folder}: {error.strerror}") from error
+        return frozenset(
+            key_id
+            for name in names
+            if name.endswith((".key", ".key.new"))
+            and _is_key_id(key_id := name.removeprefix(".").partition(".")[0])
+        )
 
     def _generate(self, key_id: str, kind: KeyKind, purpose: KeyPurpose) -> SigningKey:
         path = self._path(key_id, purpose)
+        make_private_folder(self._folder)
+        for taken in (self._path(key_id, one) for one in KeyPurpose):
+            if os.path.lexists(taken):
+                raise KeyStoreError(f"{taken} exists already")
         private = generate_private_key(kind)
         crash_point("key.generated")
-        make_private_folder(self._folder)
-        if path.exists():
-            raise KeyStoreError(f"{path} exists already")
         write_private_file(path, pkcs8_of(private))
         return SigningKey(key_id, purpose, private)
 
     def _load(self, key_id: str, purpose: KeyPurpose) -> SigningKey:
         path = self._path(key_id, purpose)
+        check_private_folder(self._folder)
         data = read_private_file(path)
         try:
             # Ours, so the slow check of RSA numbers is left out; it would hold the GIL.
             private = serialization.load_der_private_key(
                 data, password=None, unsafe_skip_rsa_key_validation=True
             )
-        except (ValueError, TypeError) as error:
+        except Exception as error:
+            # What a damaged file looks like to the parser is not ours to know.
             raise KeyStoreError(f"{path} is damaged: restore it from a backup") from error
         if not isinstance(private, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
             raise KeyStoreError(f"{path} holds a key of another kind")
         return SigningKey(key_id, purpose, _checked(private, path))
+
+
+def _is_key_id(name: str) -> bool:
+    try:
+        check_key_id(name)
+    except KeyStoreError:
+        return False
+    return True
 
 
 def _checked(private: PrivateKey, path: Path) -> PrivateKey:
@@ -121,13 +138,33 @@ def _checked(private: PrivateKey, path: Path) -> PrivateKey:
 
 def make_private_folder(folder: Path) -> None:
     """
-    Make *folder* with mode 0700, or see that it is ours alone.
+    Make *folder* with mode 0700, as all above it that is missing, or see that it is ours.
 
     Raises:
-        KeyStoreError: somebody else owns it or can enter it.
+        KeyStoreError: it cannot be made, or see `check_private_folder`.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = os.lstat(folder)
+    try:
+        for missing in reversed([one for one in (folder, *folder.parents) if not one.exists()]):
+            # Not `parents=True`: that would leave those above it to the umask.
+            missing.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise KeyStoreError(f"cannot make {folder}: {error.strerror}") from error
+    check_private_folder(folder)
+
+
+def check_private_folder(folder: Path) -> None:
+    """
+    See that *folder* is ours alone.
+
+    Raises:
+        KeyStoreError: it is missing, or somebody else owns it or can enter it.
+    """
+    try:
+        found = os.lstat(folder)
+    except OSError as error:
+        raise KeyStoreError(
+            f"cannot read {folder}: {error.strerror}; restore it from a backup"
+        ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise KeyStoreError(f"{folder} must be a folder that belongs to this user")
     if found.st_mode & 0o077:
@@ -177,7 +214,9 @@ def read_private_file(path: Path) -> bytes:
         KeyStoreError: missing, a link, another's, readable by others, or too long.
     """
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        # Not blocking: a pipe of that name would hold us for ever before we see what it is.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        with os.fdopen(os.open(path, flags), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
                 raise KeyStoreError(f"{path} must be a plain file that belongs to this user")

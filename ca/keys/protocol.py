@@ -5,6 +5,7 @@ Source: SEC-60 (a key is bound to its purpose), BUNDLE-03 (one key, one kind of 
 """
 
 import enum
+import re
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -65,7 +66,8 @@ class KeyManager(Protocol):
         Make a key and keep it durably before returning.
 
         Raises:
-            KeyStoreError: the name is taken, or it cannot be kept.
+            KeyStoreError: the name is taken, for whichever purpose; it is none; or the key
+                cannot be kept.
         """
         ...
 
@@ -74,17 +76,43 @@ class KeyManager(Protocol):
         Return a key that was kept.
 
         Raises:
-            KeyStoreError: missing, damaged or readable by others; never answered by a new key.
+            KeyStoreError: missing, for another purpose, damaged or readable by others; never
+                answered by a new key.
         """
         ...
 
     async def delete(self, key_id: str) -> None:
-        """Forget a key; one that is not there is fine."""
+        """
+        Forget a key; one that is not there is fine.
+
+        Raises:
+            KeyStoreError: it cannot be removed.
+        """
         ...
 
     async def key_ids(self) -> frozenset[str]:
-        """Return the names of all keys kept."""
+        """
+        Return the names of all keys kept.
+
+        Raises:
+            KeyStoreError: they cannot be listed.
+        """
         ...
+
+
+def check_key_id(key_id: str) -> str:
+    """
+    Return *key_id* if a key may have this name, which may become a file's.
+
+    Raises:
+        KeyStoreError: it may not.
+    """
+    if _KEY_ID.fullmatch(key_id) is None:
+        raise KeyStoreError("a key's name must be 1 to 100 of a-z 0-9 -")
+    return key_id
+
+
+_KEY_ID = re.compile(r"[a-z0-9-]{1,100}")
 
 
 def generate_private_key(kind: KeyKind) -> PrivateKey:
