@@ -76,7 +76,7 @@ def restore(arguments: argparse.Namespace) -> int:
 
 def schema_of(settings: ServerSettings) -> migrate.SchemaStatus:
     """
-    Return the database's schema and this release's; changes nothing.
+    Return the database's schema and this release's.
 
     Raises:
         CommandError: there is no database, or it cannot be read.
@@ -85,7 +85,7 @@ def schema_of(settings: ServerSettings) -> migrate.SchemaStatus:
         raise CommandError(
             f"no database at {settings.database}: the server makes it, or `issuer db upgrade`"
         )
-    engine = make_engine(settings.database, readers=True)
+    engine = make_engine(settings.database)  # one that writes also tidies up when it closes
     try:
         return migrate.status(engine)
     except SQLAlchemyError as error:
