@@ -462,6 +462,7 @@ def _options(
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.absolute_max_metadata_size", 16 * 1024),
         ("grpc.so_reuseport", 0),
+        ("grpc.http2.max_ping_strikes", 0),  # none of its own: `Conduct` counts them
     ]
     if max_age is not None:
         # grpcio adds its own jitter of 10 %; running streams may finish.

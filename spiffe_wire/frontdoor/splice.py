@@ -109,9 +109,23 @@ class Leg(asyncio.Protocol):
         """This leg, and the one it is joined to."""
         return [self] if self._other is None else [self, self._other]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self.transport is not None and not self.transport.is_closing()
+
+    def release(self) -> None:
+        """Pass on what came before there was another leg."""
+        if self.transport is not None and self._other is not None:
+            self.transport.resume_reading()
+            if self._early and self._other.transport is not None:
+                self._other.transport.write(bytes(self._early))
+                self._early.clear()
+
     def finish(self, farewell: bytes = b"") -> None:
         """Close when everything is sent, and soon in any case: a peer may never read it."""
-        if self.transport is None:
+        # asyncio's own TLS transport breaks when it is asked a second time.
+        if self.transport is None or self.transport.is_closing():
             return
         if farewell:
             self.transport.write(farewell)
@@ -146,15 +160,14 @@ class Leg(asyncio.Protocol):
 
 
 def join(one: Leg, two: Leg) -> None:
-    """Make *one* and *two* a pair and pass on what came early."""
+    """Make *one* and *two* a pair and pass on what came early; if one is gone, both are."""
     one._other, two._other = two, one
-    for leg, other in ((one, two), (two, one)):
-        if leg.closed.done():
-            other.close()
-        elif other.transport is not None and leg.transport is not None:
-            leg.transport.resume_reading()
-            other.transport.write(bytes(leg._early))
-            leg._early.clear()
+    if not (one.is_open and two.is_open):
+        one.finish()
+        two.finish()
+        return
+    one.release()
+    two.release()
 
 
 def notice_dead_peer(connection: socket.socket) -> None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = (
-    0, 1, 3, 4, 6, 7, 8, 9,
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = (
+    0, 1, 2, 3, 4, 6, 7, 8, 9,
 )  # fmt: skip
 END_STREAM = ACK = 0x1
 END_HEADERS = 0x4
@@ -73,6 +73,14 @@ def field(name: bytes, value: bytes) -> bytes:
     return b"\x10" + _string(name) + _string(value)
 
 
+def stored(name: bytes, value: bytes) -> bytes:
+    """One header field that the server is to remember; `LAST_STORED` then means it."""
+    return b"\x40" + _string(name) + _string(value)
+
+
+LAST_STORED = b"\xbe"
+
+
 def block(path: str, extra: Iterable[tuple[str, str]] = ()) -> bytes:
     """The header block of a gRPC request."""
     fields = [
@@ -82,13 +90,24 @@ def block(path: str, extra: Iterable[tuple[str, str]] = ()) -> bytes:
     return b"".join(field(name.encode(), value.encode()) for name, value in fields)
 
 
+def headers(
+    stream: int,
+    path: str,
+    extra: Iterable[tuple[str, str]] = (),
+    *,
+    flags: int = END_HEADERS,
+    more: bytes = b"",
+) -> bytes:
+    """The HEADERS of a request, whose stream stays open; *more* ends the block."""
+    return frame(HEADERS, flags, stream, block(path, extra) + more)
+
+
 def request(
     stream: int, path: str, message: bytes = b"", extra: Iterable[tuple[str, str]] = ()
 ) -> bytes:
     """A whole unary request: HEADERS, then DATA that ends the stream."""
     body = b"\x00" + len(message).to_bytes(4) + message
-    head = frame(HEADERS, END_HEADERS, stream, block(path, extra))
-    return head + frame(DATA, END_STREAM, stream, body)
+    return headers(stream, path, extra) + frame(DATA, END_STREAM, stream, body)
 
 
 class Raw:
