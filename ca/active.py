@@ -42,6 +42,11 @@ class ActiveX509:
     authority: X509Authority
     key: SigningKey = field(repr=False)
 
+    @property
+    def authority_id(self) -> str:
+        """The authority's ID, as it is on record."""
+        return self.authority.authority_id
+
     @cached_property
     def certificate(self) -> x509.Certificate:
         """The CA certificate, parsed."""
@@ -85,6 +90,11 @@ class ActiveJwt:
     key_id: str
     validity: Validity
     key: SigningKey = field(repr=False)
+
+    @property
+    def authority_id(self) -> str:
+        """The authority's ID, as it is on record: for a JWT authority its ``kid``."""
+        return self.key_id
 
     @property
     def private(self) -> PrivateKey:

@@ -5,30 +5,38 @@ Source: architecture A7, SEC-60, SEC-66, SPIRE API 9.  Each step is on record be
 and can be taken again after a crash at any point.
 """
 
-import contextlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
+from cryptography import x509
+
 from ca.active import ActiveJwt, ActiveX509
 from ca.clock import Clock
 from ca.journal import AuthorityKind, AuthorityRecord, AuthorityState, JournalStore
-from ca.keys.protocol import KeyManager, KeyPurpose
-from ca.schedule import Spans, activate_at, may_sign_from, prepare_at, prune_at
+from ca.keys.protocol import KeyManager, KeyPurpose, KeyStoreError
+from ca.schedule import activate_at, lead_of, prepare_at, prune_at
 from ca.x509 import self_signed
 from spiffe_core.authority import X509Authority
 from spiffe_core.bundle import Bundle
 from spiffe_core.crashpoints import crash_point
-from spiffe_core.errors import AbortedError, InternalError, NotReadyError, SpiffeError
-from spiffe_core.keys import KeyKind
+from spiffe_core.errors import (
+    AbortedError,
+    InternalError,
+    MalformedError,
+    NotReadyError,
+    SpiffeError,
+)
+from spiffe_core.keys import KeyKind, spki_of
 from spiffe_core.lifetime import Validity
 from spiffe_core.spiffeid import TrustDomain
 
 _log = logging.getLogger(__name__)
 STEP_INTERVAL: Final = timedelta(seconds=5)
+MAX_TTL: Final = timedelta(days=36500)  # certificates have no form for dates after year 9999
 _PURPOSE: Final = {
     AuthorityKind.X509: KeyPurpose.X509_CA,
     AuthorityKind.JWT: KeyPurpose.JWT,
@@ -37,12 +45,29 @@ _PURPOSE: Final = {
 
 @dataclass(frozen=True, slots=True)
 class RotationSettings:
-    """How long authorities live, on which keys, and how far ahead they are published."""
+    """
+    How long authorities live, on which keys, and how far ahead they are published.
+
+    A key is published *publish_ahead* before it signs: one sync interval or more (SEC-66).
+    """
 
     x509_ttl: timedelta
     jwt_ttl: timedelta
     key_kind: KeyKind
-    spans: Spans
+    publish_ahead: timedelta
+
+    def __post_init__(self) -> None:
+        for name, ttl in (("x509_ttl", self.x509_ttl), ("jwt_ttl", self.jwt_ttl)):
+            if not timedelta(0) < ttl <= MAX_TTL:
+                raise MalformedError(
+                    f"authority.{name}: must be above 0, and 100 years at most"
+                )
+        lead = lead_of(min(self.x509_ttl, self.jwt_ttl)) - STEP_INTERVAL
+        if not timedelta(0) < self.publish_ahead <= lead:
+            raise MalformedError(
+                "authority.publish_ahead: must be above 0, and below a third of an authority's "
+                "life, or the next one could not take over in time"
+            )
 
 
 class Rotator:
@@ -97,8 +122,15 @@ class Rotator:
         Load what is on record, or make the first authorities of a new trust domain.
 
         Raises:
-            KeyStoreError: a key on record is missing or damaged; no new one is made for it.
+            KeyStoreError: a key on record is missing, damaged or another one; or there are
+                keys and no record of them.  No new one is made in their place (SEC-61).
         """
+        if not await self._journal.load() and len(await self._keys.key_ids()) > 1:
+            # One may be left of a first start that was cut short.
+            raise KeyStoreError(
+                "there are keys of authorities and no record of them: restore the database, or "
+                "move the keys away to begin a new trust domain"
+            )
         await self.step()
         if self._x509 is None or self._jwt is None:
             raise InternalError("an authority on record could not be taken up")
@@ -115,38 +147,65 @@ class Rotator:
                 _log.exception("rotation_failed")
 
     async def step(self) -> None:
-        """Do what is due now, for both kinds; idempotent."""
+        """
+        Do what is due now, for both kinds; idempotent.
+
+        Raises:
+            SpiffeError: something failed; what could be done for the other kind was done.
+        """
         records = await self._journal.load()
+        await self._drop_orphans(records)
+        failed = []
         for kind in AuthorityKind:
-            await self._step(kind, [one for one in records if one.kind is kind])
-        await self._drop_orphans()
+            try:
+                await self._step(kind, [one for one in records if one.kind is kind])
+            except SpiffeError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
     async def _step(self, kind: AuthorityKind, records: list[AuthorityRecord]) -> None:
         now = self._clock.now()
-        by_state = {state: [r for r in records if r.state is state] for state in AuthorityState}
-        active = next(iter(by_state[AuthorityState.ACTIVE]), None)
-        prepared = next(iter(by_state[AuthorityState.PREPARED]), None)
+        active = _first(records, AuthorityState.ACTIVE)
+        prepared = _first(records, AuthorityState.PREPARED)
         if active is None or active.validity.not_after <= now:
-            # A new trust domain, or a server that slept through its authority's life: nobody
-            # can be served meanwhile, so the next one signs once stored and read back.
-            prepared = prepared or await self._prepare(kind, now)
+            await self._begin(kind, prepared, now)
+        elif prepared is None:
+            await self._take_up(active)
+            if now >= prepare_at(active.validity):
+                await self._prepare(kind, now)
+        elif now >= max(
+            activate_at(active.validity), prepared.prepared_at + self._settings.publish_ahead
+        ):
             await self._activate(prepared, now)
-            return
-        if prepared is None and now >= prepare_at(active.validity):
-            prepared = await self._prepare(kind, now)
-        due = prepared is not None and now >= activate_at(active.validity)
-        if due and now >= may_sign_from(prepared.prepared_at, self._settings.spans):  # type: ignore[union-attr]
-            await self._activate(prepared, now)  # type: ignore[arg-type]
         else:
             await self._take_up(active)
-        for old in by_state[AuthorityState.OLD]:
-            retired_at = old.retired_at or now
-            if now >= prune_at(old.validity, retired_at, self._settings.spans):
-                crash_point("authority.before_prune")
-                await self._journal.prune(old.authority_id)
-                crash_point("authority.pruned")
-                await self._keys.delete(old.key_id)
-                self._on_change()
+        for old in records:
+            if old.state is AuthorityState.OLD and now >= prune_at(old.validity):
+                await self._prune(old)
+
+    async def _begin(
+        self, kind: AuthorityKind, prepared: AuthorityRecord | None, now: datetime
+    ) -> None:
+        """
+        Have an authority sign though none could be published ahead.
+
+        The trust domain is new, or the server slept through its authority's life, and with it
+        everything that it had signed: nobody can be served meanwhile, and whoever comes back
+        gets the new bundle first.  So the next one signs once it is stored and read back.
+        """
+        if prepared is not None and prepared.validity.not_after <= now:
+            # Slept through too: unused, it is retired and pruned as any other.
+            await self._journal.activate(prepared.authority_id, at=now)
+            prepared = None
+        await self._activate(prepared or await self._prepare(kind, now), now)
+
+    async def _prune(self, old: AuthorityRecord) -> None:
+        crash_point("authority.before_prune")
+        await self._journal.prune(old.authority_id)
+        crash_point("authority.pruned")
+        await self._keys.delete(old.key_id)
+        self._on_change()
 
     async def _prepare(self, kind: AuthorityKind, now: datetime) -> AuthorityRecord:
         """Make a key and its public half, put both on record, publish."""
@@ -171,29 +230,52 @@ class Rotator:
         if not _holds(await self._journal.published(), record):
             raise InternalError("an authority is not in the bundle that was read back")
         crash_point("authority.read_back")
-        # Before the switch is on record, so that a missing key stops it.
-        await self._keys.load(record.key_id, _PURPOSE[record.kind])
-        with contextlib.suppress(AbortedError):  # another step got there first
+        # Before the switch is on record, so that a missing or wrong key stops it.
+        made = await self._load(record)
+        try:
             await self._journal.activate(record.authority_id, at=now)
+        except AbortedError:
+            return  # another server got there first; the next step takes up what it left
         crash_point("authority.activated")
-        await self._take_up(record)
+        self._hold(made)
         self._on_change()
 
     async def _take_up(self, record: AuthorityRecord) -> None:
-        if record.kind is AuthorityKind.X509:
-            held = self._x509
-            if held is None or held.authority.authority_id != record.authority_id:
-                key = await self._keys.load(record.key_id, KeyPurpose.X509_CA)
-                self._x509 = ActiveX509(X509Authority.parse(record.public), key)
-        elif self._jwt is None or self._jwt.key_id != record.authority_id:
-            key = await self._keys.load(record.key_id, KeyPurpose.JWT)
-            self._jwt = ActiveJwt(record.authority_id, record.validity, key)
+        held = self._x509 if record.kind is AuthorityKind.X509 else self._jwt
+        if held is None or held.authority_id != record.authority_id:
+            self._hold(await self._load(record))
 
-    async def _drop_orphans(self) -> None:
+    async def _load(self, record: AuthorityRecord) -> ActiveX509 | ActiveJwt:
+        key = await self._keys.load(record.key_id, _PURPOSE[record.kind])
+        if key.public_key != public_key_of(record):
+            raise KeyStoreError(
+                f"key {record.key_id} is not the one on record: restore it from a backup"
+            )
+        if record.kind is AuthorityKind.X509:
+            return ActiveX509(X509Authority.parse(record.public), key)
+        return ActiveJwt(record.authority_id, record.validity, key)
+
+    def _hold(self, made: ActiveX509 | ActiveJwt) -> None:
+        if isinstance(made, ActiveX509):
+            self._x509 = made
+        else:
+            self._jwt = made
+
+    async def _drop_orphans(self, records: Sequence[AuthorityRecord]) -> None:
         """Remove keys that a crash left without a record."""
-        known = {record.key_id for record in await self._journal.load()}
-        for key_id in await self._keys.key_ids() - known:
+        for key_id in await self._keys.key_ids() - {one.key_id for one in records}:
             await self._keys.delete(key_id)
+
+
+def public_key_of(record: AuthorityRecord) -> bytes:
+    """Return the public key of an authority on record, SPKI DER."""
+    if record.kind is AuthorityKind.JWT:
+        return record.public
+    return spki_of(x509.load_der_x509_certificate(record.public).public_key())
+
+
+def _first(records: Sequence[AuthorityRecord], state: AuthorityState) -> AuthorityRecord | None:
+    return next((one for one in records if one.state is state), None)
 
 
 def _holds(bundle: Bundle, record: AuthorityRecord) -> bool:

@@ -4,7 +4,6 @@ When to prepare, activate and prune an authority: arithmetic on instants, nothin
 Source: SPIRE API 9 (step 9), SEC-66, FED-04.
 """
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -12,6 +11,7 @@ from spiffe_core.lifetime import Validity
 
 PREPARE_AT_MOST: Final = timedelta(days=30)
 ACTIVATE_AT_MOST: Final = timedelta(days=7)
+PRUNE_AFTER: Final = timedelta(minutes=5)  # validators' clocks, and their leeway
 
 
 def prepare_at(active: Validity) -> datetime:
@@ -24,21 +24,16 @@ def activate_at(active: Validity) -> datetime:
     return active.not_after - min(active.life / 6, ACTIVATE_AT_MOST)
 
 
-@dataclass(frozen=True, slots=True)
-class Spans:
-    """How long things take to reach everybody, and how long what was signed lives."""
-
-    publish_ahead: timedelta
-    """A key is published this long before it signs: one sync interval or more (SEC-66)."""
-    longest_svid: timedelta
-    """Nothing that an authority signed outlives this."""
+def lead_of(life: timedelta) -> timedelta:
+    """From `prepare_at` to `activate_at` for an authority that lives for *life*."""
+    return min(life / 2, PREPARE_AT_MOST) - min(life / 6, ACTIVATE_AT_MOST)
 
 
-def may_sign_from(prepared_at: datetime, spans: Spans) -> datetime:
-    """The instant from which a prepared authority may sign."""
-    return prepared_at + spans.publish_ahead
+def prune_at(old: Validity) -> datetime:
+    """
+    An old authority goes once it has ended, and so has all that it signed (X509-46, JWT-17).
 
-
-def prune_at(validity: Validity, retired_at: datetime, spans: Spans) -> datetime:
-    """An old authority goes when the last thing it signed has expired."""
-    return min(validity.not_after, retired_at + spans.longest_svid) + timedelta(minutes=5)
+    Not earlier: what lives longest among the things it signed is a setting that an operator
+    may have lowered since.
+    """
+    return old.not_after + PRUNE_AFTER

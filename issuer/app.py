@@ -26,7 +26,6 @@ from ca.keys.disk import DiskKeyManager
 from ca.keys.protocol import pkcs8_of
 from ca.lint import check_profile
 from ca.rotator import RotationSettings, Rotator
-from ca.schedule import Spans
 from ca.x509 import X509Profile
 from issuer.api.callers import AccessInterceptor, Callers
 from issuer.api.server import SIGNING_RATE, STATUS_RATE, Api, ApiLimits
@@ -166,7 +165,7 @@ async def serve(
                 settings.authority.x509_ttl,
                 settings.authority.jwt_ttl,
                 settings.authority.key_type,
-                Spans(settings.authority.publish_ahead, settings.svids.x509_max_ttl),
+                settings.authority.publish_ahead,
             ),
             clock,
             trust_domain,
