@@ -47,6 +47,7 @@ from spiffe_core.lifetime import renew_at
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
 from spiffe_core.x509svid import X509Svid, verify_x509_svid
 from spiffe_wire.frontdoor.door import FrontDoor
+from spiffe_wire.frontdoor.peer import Peer
 from spiffe_wire.frontdoor.tls import server_context
 from spiffe_wire.httpstatus import StatusServer
 from spiffe_wire.interceptors import ErrorInterceptor
@@ -249,21 +250,21 @@ async def _open_doors(stack: contextlib.AsyncExitStack, server: Server, api: Api
     settings = server.settings
     interceptors = [ErrorInterceptor(server.metrics.on_call), AccessInterceptor(api.callers)]
     inner = settings.runtime_dir / "inner"
-    tcp = await stack.enter_async_context(
-        FrontDoor(
-            lambda grpc_server: api.register(grpc_server, local=False),
+
+    def door(*, local: bool, max_age: timedelta | None = None) -> FrontDoor:
+        def cut(peer: Peer) -> None:
+            made.disconnect(lambda one: one is peer)
+
+        made = FrontDoor(
+            lambda grpc_server: api.register(grpc_server, local=local, cut=cut),
             runtime_dir=inner,
             interceptors=interceptors,
-            max_age=MAX_CONNECTION_AGE,
+            max_age=max_age,
         )
-    )
-    admin = await stack.enter_async_context(
-        FrontDoor(
-            lambda grpc_server: api.register(grpc_server, local=True),
-            runtime_dir=inner,
-            interceptors=interceptors,
-        )
-    )
+        return made
+
+    tcp = await stack.enter_async_context(door(local=False, max_age=MAX_CONNECTION_AGE))
+    admin = await stack.enter_async_context(door(local=True))
 
     def identify(chain: tuple[bytes, ...]) -> X509Svid:
         return verify_x509_svid(chain, server.hub.own_roots(), at=server.own.clock.now())

@@ -63,6 +63,6 @@ class StatusServer:
         ending = threading.Thread(target=self._server.shutdown)
         ending.start()
         with contextlib.suppress(OSError):
-            socket.create_connection(self._server.server_address[:2], timeout=1).close()
+            socket.create_connection((self._address[0], self.port), timeout=1).close()
         ending.join()
         self._server.server_close()

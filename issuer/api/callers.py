@@ -17,7 +17,7 @@ from issuer.api.access import ACCESS
 from issuer.services.agents import AgentService
 from issuer.services.hub import Hub
 from issuer.services.refusals import RefusalLog
-from spiffe_core.agent import AGENT_PREFIX, AttestedAgent
+from spiffe_core.agent import AttestedAgent
 from spiffe_core.errors import ForbiddenError, MalformedError, UnauthenticatedError
 from spiffe_core.permission import (
     AgentCheck,
@@ -98,7 +98,7 @@ class Callers:
                 raise AgentDeniedError(denied, error.reason) from error
             raise ForbiddenError(denied) from error
 
-    async def check_still(self, one: Caller) -> None:
+    def check_still(self, one: Caller) -> None:
         """
         Check a held stream's caller again.
 
@@ -147,8 +147,6 @@ class Callers:
         return agent
 
     def _check_agent(self, svid: X509Svid) -> AgentCheck:
-        if not svid.spiffe_id.path.startswith(AGENT_PREFIX):
-            raise AgentDeniedError("not an agent", DenialReason.UNKNOWN)
         return check_agent(
             self.hub.index.agent(svid.spiffe_id),
             serial=svid.serial,

@@ -21,13 +21,14 @@ from issuer.services.entries import EntryFilter, EntryService
 from issuer.services.hub import Hub
 from issuer.store.entries import SimilarEntryError
 from spiffe_core.entry import EntryError, RegistrationEntry
-from spiffe_core.errors import ExhaustedError, MalformedError, SpiffeError
+from spiffe_core.errors import DeadlineError, ExhaustedError, MalformedError, SpiffeError
 from spiffe_core.spiffeid import TrustDomain
 from spiffe_wire.convert.entry import entry_from_wire, entry_to_wire, id_from_wire, masked
 from spiffe_wire.pb.spire.api.server.entry.v1 import entry_pb2, entry_pb2_grpc
 from spiffe_wire.pb.spire.api.types import entry_pb2 as types_pb2
 
 SYNC_PAGE: Final = 500  # SPIRE API 5.1.1
+SYNC_IDLE_SECONDS: Final = 30.0  # spire-agent's deadline for a whole sync (SPIRE API 9)
 MAX_ENTRY_BYTES: Final = 256 * 1024
 """On the wire: an entry must fit into an answer, with many others (SEC-80)."""
 TURN: Final = 8
@@ -130,7 +131,7 @@ class EntryServicer(entry_pb2_grpc.EntryServicer):
         """See SPIRE API 5.1.1: whole entries when they are few, else revisions first."""
         me = caller()
         stream = aiter(requests)
-        first = await anext(stream, None)
+        first = await _next_request(stream)
         if first is None:
             return
         if first.ids:
@@ -153,9 +154,9 @@ class EntryServicer(entry_pb2_grpc.EntryServicer):
                 entry_revisions=[_revision_of(one) for one in entries[at : at + SYNC_PAGE]],
                 more=at + SYNC_PAGE < len(entries),
             )
-        async for request in stream:
+        while (request := await _next_request(stream)) is not None:
             check_batch(len(request.ids))
-            await self.callers.check_still(me)
+            self.callers.check_still(me)
             # What is authorized now, not what was when the stream began.
             now, agent_id = self.clock.now(), me.require_agent().id
             found = (self.hub.index.entry_for(agent_id, one, now) for one in request.ids)
@@ -165,6 +166,14 @@ class EntryServicer(entry_pb2_grpc.EntryServicer):
     def _authorized(self) -> Sequence[RegistrationEntry]:
         agent = caller().require_agent()
         return self.hub.index.view_of(agent.id, self.clock.now()).entries
+
+
+async def _next_request(stream: AsyncIterator[Any]) -> Any | None:
+    try:
+        async with asyncio.timeout(SYNC_IDLE_SECONDS):
+            return await anext(stream, None)
+    except TimeoutError:
+        raise DeadlineError("nothing more was asked: begin a new sync") from None
 
 
 def _revision_of(entry: RegistrationEntry) -> Any:

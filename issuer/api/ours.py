@@ -1,24 +1,30 @@
 """What SPIRE lacks: the held watch stream and explanations; and gRPC health."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ca.clock import Clock
-from issuer.api.callers import Callers, caller
+from issuer.api.callers import Caller, Callers, caller
 from issuer.services.hub import Hub, Waiter
 from issuer.services.watch import Difference, View
 from spiffe_core.decision import decide
-from spiffe_core.errors import MalformedError, UnsupportedError
+from spiffe_core.errors import MalformedError, SpiffeError, UnsupportedError
 from spiffe_wire.convert.bundle import bundle_to_wire
 from spiffe_wire.convert.entry import entry_to_wire, id_from_wire, selectors_from_wire
 from spiffe_wire.convert.explanation import explanation_of
+from spiffe_wire.frontdoor.peer import Peer, peer_of
+from spiffe_wire.logs import event
 from spiffe_wire.pb.grpc.health.v1 import health_pb2, health_pb2_grpc
 from spiffe_wire.pb.spiffe_issuer.v1 import explain_pb2_grpc, watch_pb2, watch_pb2_grpc
 
+_log = logging.getLogger(__name__)
 RECHECK_SECONDS: Final = 2.0
 """A held stream checks its caller at least this often, and at every change (SEC-17)."""
+STALL_SECONDS: Final = 30.0  # SEC-83: without progress
 CHUNK: Final = 500  # things a message
 CHUNK_BYTES: Final = 1024 * 1024  # one large thing may stand alone, below 4 MiB
 
@@ -30,9 +36,10 @@ class AgentWatchServicer(watch_pb2_grpc.AgentWatchServicer):
     hub: Hub
     callers: Callers
     clock: Clock
+    cut: Callable[[Peer], object]
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        me = caller()
+        me, peer = caller(), peer_of(context)
         agent_id = me.require_agent().id
         view = View(self.hub, agent_id)
         with self.hub.waiter(agent_id) as waiter:
@@ -43,11 +50,44 @@ class AgentWatchServicer(watch_pb2_grpc.AgentWatchServicer):
                 # Said even when nothing changed: the agent then knows that it is up to date.
                 if first or not difference.is_empty:
                     for message in _messages(difference, view.cursor(), committed_at):
-                        yield message
+                        with self._cut_when_stuck(me, peer):
+                            yield message
+                        self.callers.check_still(me)
                 first = False
                 committed_at = await _next_change(waiter)
-                await self.callers.check_still(me)
+                self.callers.check_still(me)
                 difference = view.step(self.clock.now())
+
+    @contextmanager
+    def _cut_when_stuck(self, me: Caller, peer: Peer) -> Iterator[None]:
+        """
+        Cut the connection of a reader that reads nothing while we wait for it (SEC-83).
+
+        Nobody looks at the caller meanwhile, so that is done here too: a banned agent must
+        not keep a stream by not reading it (SEC-52).  Nothing less ends a call whose
+        message waits for room.
+        """
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + STALL_SECONDS
+        timer: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal timer
+            timer = loop.call_later(RECHECK_SECONDS, look)
+            try:
+                self.callers.check_still(me)
+                is_good = loop.time() < ends
+            except SpiffeError:
+                is_good = False
+            if not is_good:
+                event(_log, logging.WARNING, "watch_stream_cut", agent=me.name)
+                self.cut(peer)
+
+        timer = loop.call_later(RECHECK_SECONDS, look)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 async def _next_change(waiter: Waiter) -> int:

@@ -19,6 +19,7 @@ from issuer.services.entries import EntryService
 from issuer.services.hub import Hub
 from issuer.services.ratelimit import RateLimit
 from issuer.services.svids import SvidService
+from spiffe_wire.frontdoor.peer import Peer
 from spiffe_wire.pb.grpc.health.v1 import health_pb2_grpc
 from spiffe_wire.pb.spiffe_issuer.v1 import explain_pb2_grpc, watch_pb2_grpc
 from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2_grpc
@@ -43,9 +44,11 @@ class Api:
     limits: "ApiLimits"
     is_ready: Callable[[], bool]
 
-    def register(self, server: Any, *, local: bool) -> None:
+    def register(self, server: Any, *, local: bool, cut: Callable[[Peer], object]) -> None:
         """
         Add every service to *server*; health is for the admin socket alone.
+
+        *cut* ends the connection of a peer.
 
         Raises:
             InternalError: a method is served that nobody is allowed to call.
@@ -56,7 +59,7 @@ class Api:
         entry = EntryServicer(self.entries, self.hub, self.callers, self.clock)
         svid = SvidServicer(self.svids, limits.csr, limits.jsr)
         trust_domain, authority = later.servicers()
-        watch = AgentWatchServicer(self.hub, self.callers, self.clock)
+        watch = AgentWatchServicer(self.hub, self.callers, self.clock, cut)
         entry_pb2_grpc.add_EntryServicer_to_server(entry, seen)
         agent_pb2_grpc.add_AgentServicer_to_server(agent, seen)
         svid_pb2_grpc.add_SVIDServicer_to_server(svid, seen)
