@@ -18,7 +18,6 @@ from datetime import timedelta
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from prometheus_client import generate_latest
 
 from ca.clock import Clock, SystemClock
 from ca.jwt import JwtProfile
@@ -52,6 +51,7 @@ from spiffe_wire.frontdoor.tls import server_context
 from spiffe_wire.httpstatus import StatusServer
 from spiffe_wire.interceptors import ErrorInterceptor
 from spiffe_wire.logs import event
+from spiffe_wire.metrics import CONTENT_TYPE
 
 _log = logging.getLogger(__name__)
 MAX_CONNECTION_AGE: Final = timedelta(minutes=3)  # SEC-17
@@ -300,7 +300,7 @@ def _status(server: Server) -> StatusServer:
         metrics.authority_expiry.labels("jwt").set(
             server.rotator.jwt.validity.not_after.timestamp()
         )
-        return 200, "text/plain; version=0.0.4", generate_latest(metrics.registry)
+        return 200, CONTENT_TYPE, metrics.registry.text()
 
     routes = {
         "/live": lambda: (200, "application/json", b'{"live": true}\n'),

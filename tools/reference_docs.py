@@ -17,12 +17,11 @@ sys.path.insert(0, str(ROOT))
 for _name in [one for one in os.environ if one.startswith(("SPIFFE_", "COLUMNS"))]:
     del os.environ[_name]  # some are defaults of options
 
-from prometheus_client.metrics import Histogram, MetricWrapperBase  # noqa: E402
-
 from issuer.cli import grammar as issuer_grammar  # noqa: E402
 from issuer.config import ROLE as SERVER_ROLE  # noqa: E402
 from issuer.config import ServerSettings  # noqa: E402
 from issuer.telemetry.metrics import ServerMetrics  # noqa: E402
+from spiffe_wire.metrics import Histogram, Metric  # noqa: E402
 from spiffe_wire.settings import PREFIX, rows  # noqa: E402
 from workload_api.agent import grammar as agent_grammar  # noqa: E402
 from workload_api.agent.config import ROLE as AGENT_ROLE  # noqa: E402
@@ -370,16 +369,13 @@ def metrics(title: str, of: object) -> Iterator[str]:
     yield from ("", f"## {title}", "")
     yield from ("| Metric | Type | Labels | What it is |", "|---|---|---|---|")
     for one in vars(of).values():
-        if not isinstance(one, MetricWrapperBase):
+        if not isinstance(one, Metric):
             continue
-        (family,) = one.describe()
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = ", ".join(f"`{label}`" for label in one._labelnames)
-        text = family.documentation
+        labels = ", ".join(f"`{label}`" for label in one.label_names)
+        text = one.text
         if isinstance(one, Histogram):
-            bounds = ", ".join(f"{bound:g}" for bound in one._upper_bounds[:-1])
-            text += f"; buckets at {bounds}"
-        yield f"| `{name}` | {family.type} | {labels} | {cell(text)} |"
+            text += f"; buckets at {', '.join(f'{bound:g}' for bound in one.bounds)}"
+        yield f"| `{one.name}` | {one.kind} | {labels} | {cell(text)} |"
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
 """The server's metrics; `docs/reference/metrics.md` is made from them."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from spiffe_wire.metrics import Counter, Gauge, Histogram, Registry
 
 
 class ServerMetrics:
     """Every metric of one server, in a registry of its own."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = Registry()
         self.calls = Counter(
-            "issuer_calls", "Finished calls", ["method", "code"], registry=self.registry
+            "issuer_calls_total", "Finished calls", ["method", "code"], registry=self.registry
         )
         self.call_seconds = Histogram(
             "issuer_call_seconds", "How long calls took", ["method"], registry=self.registry,
-            buckets=(0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
+            bounds=(0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
         )  # fmt: skip
         self.issued = Counter(
-            "issuer_svids_issued",
+            "issuer_svids_issued_total",
             "SVIDs signed and on record",
             ["kind"],
             registry=self.registry,

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from prometheus_client import generate_latest
-
 from spiffe_core.errors import ErrorKind, SpiffeError
 from spiffe_core.spiffeid import TrustDomain
 from spiffe_core.version import VERSION
@@ -27,6 +25,7 @@ from spiffe_wire.frontdoor.door import DoorLimits, FrontDoor
 from spiffe_wire.httpstatus import StatusServer
 from spiffe_wire.interceptors import ErrorInterceptor
 from spiffe_wire.logs import event
+from spiffe_wire.metrics import CONTENT_TYPE
 from spiffe_wire.pb.grpc.health.v1 import health_pb2_grpc
 from spiffe_wire.pb.spiffe_issuer.v1 import (
     agentadmin_pb2_grpc,
@@ -252,7 +251,7 @@ def _status(agent: Agent) -> StatusServer:
         metrics.connected.set(1 if agent.syncer.state.connected else 0)
         if agent.node.svid is not None:
             metrics.own_expiry.set(agent.node.svid.validity.not_after.timestamp())
-        return 200, "text/plain; version=0.0.4", generate_latest(metrics.registry)
+        return 200, CONTENT_TYPE, metrics.registry.text()
 
     routes: dict[str, Callable[[], tuple[int, str, bytes]]] = {
         "/live": lambda: (200, "application/json", b'{"live": true}\n'),

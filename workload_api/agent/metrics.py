@@ -2,29 +2,31 @@
 
 import time
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from spiffe_wire.metrics import Counter, Gauge, Histogram, Registry
 
 
 class AgentMetrics:
     """Every metric of one agent, in a registry of its own."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = Registry()
         self.calls = Counter(
-            "agent_calls", "Finished calls", ["method", "code"], registry=self.registry
+            "agent_calls_total", "Finished calls", ["method", "code"], registry=self.registry
         )
         self.call_seconds = Histogram(
             "agent_call_seconds", "How long unary calls took", ["method"],
-            registry=self.registry, buckets=(0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1, 5),
+            registry=self.registry, bounds=(0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1, 5),
         )  # fmt: skip
         self.delivery_seconds = Histogram(
             "agent_change_delivery_seconds",
             "From the commit of a change to its message on a workload's stream",
             registry=self.registry,
-            buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5),
+            bounds=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5),
         )
         self.denials = Counter(
-            "agent_denials", "Calls of processes without an identity", registry=self.registry
+            "agent_denials_total",
+            "Calls of processes without an identity",
+            registry=self.registry,
         )
         self.entries = Gauge("agent_entries", "Entries of this agent", registry=self.registry)
         self.svids = Gauge("agent_x509_svids", "X509-SVIDs held", registry=self.registry)
