@@ -4,17 +4,28 @@ import json
 import os
 import sqlite3
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
-from tests.support.programs import DONE, REFUSED, Programs
+from issuer.cli import main
+from tests.support.programs import DONE, REFUSED, Programs, Ran, called
 from tests.support.stack import ServerProcess, a_folder, a_server
 
 ISSUER = Programs().issuer
+
+
+Issuer = Callable[..., Ran]
+
+
+@pytest.fixture
+def issuer(capsys: pytest.CaptureFixture[str]) -> Issuer:
+    """``issuer`` in this process, for tests that need no server."""
+    return partial(called, main, capsys)
 
 
 @pytest.fixture
@@ -36,42 +47,42 @@ def database_of(server: ServerProcess) -> Path:
     return found
 
 
-async def test_status_and_upgrade(server: ServerProcess) -> None:
+def test_status_and_upgrade(server: ServerProcess, issuer: Issuer) -> None:
     """No database is said so; upgrade makes it, private; then it is up to date."""
-    none = await ISSUER("db", "status", "-c", server.config)
+    none = issuer("db", "status", "-c", server.config)
     assert none.code == REFUSED
     assert "the server makes it, or `issuer db upgrade`" in none.err
-    made = await ISSUER("db", "upgrade", "-c", server.config, "-o", "json")
+    made = issuer("db", "upgrade", "-c", server.config, "-o", "json")
     assert made.code == DONE
     assert made.json["is_current"] is True
     assert stat.S_IMODE(database_of(server).stat().st_mode) == 0o600
-    text = await ISSUER("db", "status", "-c", server.config)
+    text = issuer("db", "status", "-c", server.config)
     assert (text.code, text.out.rpartition(": ")[2]) == (DONE, "up to date\n")
 
 
-async def test_sec_95_a_newer_schema(server: ServerProcess) -> None:
+def test_sec_95_a_newer_schema(server: ServerProcess, issuer: Issuer) -> None:
     """SEC-95: a database of a newer release is refused, and the way out is named."""
-    await ISSUER("db", "upgrade", "-c", server.config)
+    issuer("db", "upgrade", "-c", server.config)
     with sqlite3.connect(database_of(server)) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.close()
-    status = await ISSUER("db", "status", "-c", server.config, "-o", "json")
+    status = issuer("db", "status", "-c", server.config, "-o", "json")
     assert (status.code, status.json["current"]) == (REFUSED, "9999")
-    upgrade = await ISSUER("db", "upgrade", "-c", server.config)
+    upgrade = issuer("db", "upgrade", "-c", server.config)
     assert upgrade.code == REFUSED
     assert "run the newer release, or restore an older backup" in upgrade.err
 
 
-async def test_sec_103_what_is_no_database(server: ServerProcess) -> None:
+def test_sec_103_what_is_no_database(server: ServerProcess, issuer: Issuer) -> None:
     """SEC-103: a damaged database is left as it is, and `issuer db restore` is named."""
-    await ISSUER("db", "upgrade", "-c", server.config)
+    issuer("db", "upgrade", "-c", server.config)
     database = database_of(server)
     for beside in ("-wal", "-shm"):
         Path(f"{database}{beside}").unlink(missing_ok=True)
     database.write_bytes(b"x" * 8192)
     for command in ("status", "upgrade", "backup"):
         more = [server.folder / "copy"] if command == "backup" else []
-        answer = await ISSUER("db", command, "-c", server.config, *more)
+        answer = issuer("db", command, "-c", server.config, *more)
         assert answer.code == REFUSED, command
         assert "`issuer db restore`" in answer.err or command == "backup"
     assert database.read_bytes() == b"x" * 8192
@@ -112,12 +123,12 @@ async def test_backup_and_restore() -> None:
         assert int(entries[0]["revision_number"]) > 1_000_000
 
 
-async def test_restoring_what_is_not_ours(server: ServerProcess) -> None:
+def test_restoring_what_is_not_ours(server: ServerProcess, issuer: Issuer) -> None:
     """Another domain's copy, or none at all, is refused, and no database is left behind."""
-    await ISSUER("db", "upgrade", "-c", server.config)
+    issuer("db", "upgrade", "-c", server.config)
     database, copy = database_of(server), server.folder / "copy"
     assert list(database.parent.glob("*.db*")) == [database], "nothing is left lying about"
-    await ISSUER("db", "backup", "-c", server.config, copy)
+    issuer("db", "backup", "-c", server.config, copy)
     for one in database.parent.glob("*.db*"):
         one.unlink()
     other = yaml.safe_load(server.config.read_text())
@@ -128,7 +139,7 @@ async def test_restoring_what_is_not_ours(server: ServerProcess) -> None:
         (server.folder / "junk", "cannot be restored: it is damaged"),
         (server.folder / "none", "there is no file"),
     ):
-        answer = await ISSUER("db", "restore", "-c", server.config, source)
+        answer = issuer("db", "restore", "-c", server.config, source)
         assert answer.code == REFUSED
         assert why in answer.err
         assert list(database.parent.glob("*.db*")) == []
@@ -143,13 +154,13 @@ async def test_two_servers_on_one_port(folder: Path) -> None:
     assert str(running.port) in answer.err
 
 
-async def test_config_example_and_schema(tmp_path: Path) -> None:
+def test_config_example_and_schema(tmp_path: Path, issuer: Issuer) -> None:
     """The example validates, and the schema accepts it, and refuses what the server refuses."""
-    example, config = (await ISSUER("config", "example")).out, tmp_path / "server.yaml"
+    example, config = (issuer("config", "example")).out, tmp_path / "server.yaml"
     config.write_text(example)
-    valid = await ISSUER("config", "validate", "-c", config)
+    valid = issuer("config", "validate", "-c", config)
     assert (valid.code, valid.out) == (DONE, f"{config} is valid\n")
-    schema = json.loads((await ISSUER("config", "schema")).out)
+    schema = json.loads((issuer("config", "schema")).out)
     tree = yaml.safe_load(example)
     jsonschema.validate(tree, schema)
     for wrong in (
@@ -174,21 +185,23 @@ async def test_config_example_and_schema(tmp_path: Path) -> None:
         ("trust_domain: !!python/object/apply:os.system [id]\n", "settings are not YAML"),
     ],
 )
-async def test_sec_95_settings_that_cannot_be(tmp_path: Path, text: str, why: str) -> None:
+def test_sec_95_settings_that_cannot_be(
+    tmp_path: Path, text: str, why: str, issuer: Issuer
+) -> None:
     """SEC-95: settings are refused with the path of the key, by validate and by run alike."""
     config = tmp_path / "server.yaml"
     config.write_text(text)
-    answer = await ISSUER("config", "validate", "-c", config, "-o", "json")
+    answer = issuer("config", "validate", "-c", config, "-o", "json")
     assert (answer.code, answer.out) == (REFUSED, "")
     assert why in answer.err
 
 
-async def test_settings_that_cannot_be_read(server: ServerProcess) -> None:
+def test_settings_that_cannot_be_read(server: ServerProcess, issuer: Issuer) -> None:
     """Settings that are not there, or not text, are refused, and a start is offered."""
-    missing = await ISSUER("server", "run", "-c", server.folder / "none.yaml")
+    missing = issuer("server", "run", "-c", server.folder / "none.yaml")
     assert missing.code == REFUSED
     assert "`issuer config example` prints one to start from" in missing.err
     server.config.write_bytes(os.urandom(64) + b"\xff")
-    binary = await ISSUER("config", "validate", "-c", server.config)
+    binary = issuer("config", "validate", "-c", server.config)
     assert binary.code == REFUSED
     assert "it is not UTF-8 text" in binary.err

@@ -20,7 +20,7 @@ from issuer.cli import main as issuer
 from issuer.cli.grammar import SPIRE
 from issuer.cli.grammar import parser as issuer_parser
 from spiffe_wire.commandline import given_arguments
-from tests.support.programs import DONE, OURS, REFUSED, UNREACHABLE, USAGE
+from tests.support.programs import DONE, OURS, REFUSED, UNREACHABLE, USAGE, Ran, called
 from tests.support.stack import a_folder
 from workload_api.agent.cli import main as agent
 from workload_api.agent.grammar import parser as agent_parser
@@ -32,6 +32,13 @@ ENTRY = (
 )  # fmt: skip
 
 Main = Callable[[list[str]], int]
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run one of the two programs in this process."""
+    return lambda main, *arguments: called(main, capsys, *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +46,6 @@ def _no_sockets_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in OURS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SPIFFE_ENDPOINT_SOCKET", "unix:///nonexistent/w.sock")
-
-
-def code_of(main: Main, *arguments: str) -> int:
-    """Run *main* as the interpreter would: wrong usage of argparse is a SystemExit."""
-    try:
-        return main(list(arguments))
-    except SystemExit as ended:
-        return int(ended.code or 0)
 
 
 def leaves(one: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[
@@ -90,7 +89,7 @@ ASKING = [
 @pytest.mark.parametrize("style", ["text", "json", "yaml"])
 @pytest.mark.parametrize(("main", "words"), ASKING)
 def test_unreachable(
-    main: Main, words: tuple[str, ...], style: str, capsys: pytest.CaptureFixture[str],
+    main: Main, words: tuple[str, ...], style: str, run: Run,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     """A command that finds nobody ends with 3 in every style, and asks whether it runs."""
@@ -99,39 +98,44 @@ def test_unreachable(
     needs = [one.format(bundle=bundle) for one in NEEDS.get(words, ())]
     if words == ("bundle", "set"):
         needs += ["--format", "spiffe"]
-    code = code_of(main, *words, *needs, "-o", style)
-    said = capsys.readouterr()
-    assert code == UNREACHABLE, said.err
-    assert said.out == ""
-    assert "is it running" in said.err
+    answer = run(main, *words, *needs, "-o", style)
+    assert answer.code == UNREACHABLE, answer.err
+    assert answer.out == ""
+    assert "is it running" in answer.err
 
 
 @pytest.mark.parametrize(
     ("main", "words"), [pytest.param(m, w, id=" ".join(w)) for m, w, _ in COMMANDS]
 )
-def test_an_unknown_option_is_wrong_usage(main: Main, words: tuple[str, ...]) -> None:
+def test_an_unknown_option_is_wrong_usage(main: Main, words: tuple[str, ...], run: Run) -> None:
     """Every command refuses an option that it does not know, with code 2."""
     needs = [one for one in NEEDS.get(words, ()) if "{" not in one]
-    assert code_of(main, *words, *needs, "--no-such-option") == USAGE
+    answer = run(main, *words, *needs, "--no-such-option")
+    assert answer.code == USAGE
 
 
 @pytest.mark.parametrize(("main", "program"), [(issuer, "issuer"), (agent, "issuer-agent")])
-def test_no_command(main: Main, program: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command(main: Main, program: str, run: Run) -> None:
     """A program without a command explains itself on standard error, and ends with 2."""
-    assert code_of(main) == USAGE
-    assert f"usage: {program}" in capsys.readouterr().err
+    answer = run(main)
+    assert answer.code == USAGE
+    assert f"usage: {program}" in answer.err
     for arguments in (["--help"], ["-h"], ["--version"]):
-        assert code_of(main, *arguments) == DONE
-        assert program in capsys.readouterr().out
-    assert code_of(main, "no-such-command") == USAGE
-    assert code_of(main, "-x") == USAGE
+        answer = run(main, *arguments)
+        assert answer.code == DONE
+        assert program in answer.out
+    answer = run(main, "no-such-command")
+    assert answer.code == USAGE
+    answer = run(main, "-x")
+    assert answer.code == USAGE
 
 
-def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_explains_itself(run: Run) -> None:
     """``--help`` of every command prints its usage, and what each option is for."""
     for main, words, one in COMMANDS:
-        assert code_of(main, *words, "--help") == DONE
-        assert " ".join(words) in capsys.readouterr().out
+        answer = run(main, *words, "--help")
+        assert answer.code == DONE
+        assert " ".join(words) in answer.out
         assert all(action.help for action in one._actions), words
 
 
@@ -156,14 +160,12 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
         (("--hint", "\udcff"), "arguments must be UTF-8 text"),
     ],
 )
-def test_a_value_that_cannot_be(
-    change: tuple[str, str], why: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_value_that_cannot_be(change: tuple[str, str], why: str, run: Run) -> None:
     """It is code 2, and the message names the option and what it reads like."""
-    assert code_of(issuer, *ENTRY, *change) == USAGE
-    said = capsys.readouterr()
-    assert why in said.err
-    assert said.out == ""
+    answer = run(issuer, *ENTRY, *change)
+    assert answer.code == USAGE
+    assert why in answer.err
+    assert answer.out == ""
 
 
 @pytest.mark.parametrize(
@@ -194,12 +196,11 @@ def test_a_value_that_cannot_be(
     ],
     ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",
 )
-def test_what_is_needed_is_said(
-    arguments: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_needed_is_said(arguments: tuple[str, ...], why: str, run: Run) -> None:
     """Each thing that is missing or wrong is named, with an example or where to find it."""
-    assert code_of(issuer, *arguments) == USAGE
-    assert why in capsys.readouterr().err
+    answer = run(issuer, *arguments)
+    assert answer.code == USAGE
+    assert why in answer.err
 
 
 @pytest.mark.parametrize(
@@ -215,21 +216,21 @@ def test_what_is_needed_is_said(
     ],
     ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",
 )
-def test_what_the_agent_needs_is_said(
-    arguments: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_agent_needs_is_said(arguments: tuple[str, ...], why: str, run: Run) -> None:
     """The same holds for the agent's commands."""
-    assert code_of(agent, *arguments) == USAGE
-    assert why in capsys.readouterr().err
+    answer = run(agent, *arguments)
+    assert answer.code == USAGE
+    assert why in answer.err
 
 
 def test_wep_11_no_address_of_the_workload_api(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     """WEP-11: with no address given, and none in the variable, the message names it."""
     monkeypatch.delenv("SPIFFE_ENDPOINT_SOCKET")
-    assert code_of(agent, "fetch", "x509") == USAGE
-    assert "SPIFFE_ENDPOINT_SOCKET=unix:///path" in capsys.readouterr().err
+    answer = run(agent, "fetch", "x509")
+    assert answer.code == USAGE
+    assert "SPIFFE_ENDPOINT_SOCKET=unix:///path" in answer.err
 
 
 @pytest.mark.parametrize(
@@ -250,12 +251,13 @@ def test_wep_11_no_address_of_the_workload_api(
     ],
 )
 def test_sec_05_a_file_of_entries_that_cannot_be_read(
-    text: str, why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    text: str, why: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SEC-05, SEC-95: it is refused whole, with the entry and the reason; nothing is sent."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    assert code_of(issuer, "entry", "create", "-f", "-") == REFUSED
-    assert why in capsys.readouterr().err
+    answer = run(issuer, "entry", "create", "-f", "-")
+    assert answer.code == REFUSED
+    assert why in answer.err
 
 
 @pytest.mark.parametrize(
@@ -270,12 +272,11 @@ def test_sec_05_a_file_of_entries_that_cannot_be_read(
         (("bundle", "set", "--id", "a", "--path", __file__, "--format", "spiffe"), "not JSON"),
     ],
 )
-def test_files_that_cannot_be_used(
-    arguments: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_cannot_be_used(arguments: tuple[str, ...], why: str, run: Run) -> None:
     """What is wrong with a file is code 1 (the usage was right), and the file is named."""
-    assert code_of(issuer, *arguments) == REFUSED
-    assert why in capsys.readouterr().err
+    answer = run(issuer, *arguments)
+    assert answer.code == REFUSED
+    assert why in answer.err
 
 
 def test_spire_names() -> None:
@@ -289,18 +290,16 @@ def test_spire_names() -> None:
     assert given_arguments(["-spiffe", "spiffeID"], SPIRE) == ["-spiffe", "spiffeID"]
 
 
-def test_a_server_that_hangs_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_hangs_up(run: Run) -> None:
     """Who accepts and closes is unreachable, and the message has two likely reasons."""
     with a_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "s"))
         listener.listen()
 
-        async def ask() -> int:
+        async def ask() -> Ran:
             loop = asyncio.get_running_loop()
             asking = asyncio.create_task(
-                asyncio.to_thread(
-                    code_of, issuer, "entry", "count", "--socket", str(folder / "s")
-                )
+                asyncio.to_thread(run, issuer, "entry", "count", "--socket", folder / "s")
             )
             listener.setblocking(False)
             while not asking.done():
@@ -312,15 +311,18 @@ def test_a_server_that_hangs_up(capsys: pytest.CaptureFixture[str]) -> None:
                     accepting.cancel()
             return await asking
 
-        assert asyncio.run(ask()) == UNREACHABLE
-    assert "closed the connection: it is stopping, or uid" in capsys.readouterr().err
+        answer = asyncio.run(ask())
+    assert answer.code == UNREACHABLE
+    assert "closed the connection: it is stopping, or uid" in answer.err
 
 
-def test_a_socket_that_nobody_serves(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_socket_that_nobody_serves(run: Run) -> None:
     """What a killed server leaves behind is unreachable too; so is a path that is too long."""
     with a_folder() as folder:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(folder / "s"))
-        assert code_of(issuer, "entry", "count", "--socket", str(folder / "s")) == UNREACHABLE
-    assert code_of(issuer, "entry", "count", "--socket", "/" + "x" * 200) == UNREACHABLE
-    assert capsys.readouterr().err.count("no server answers at") == 2
+        places = (str(folder / "s"), "/" + "x" * 200)
+        for place in places:
+            answer = run(issuer, "entry", "count", "--socket", place)
+            assert answer.code == UNREACHABLE
+            assert answer.err.startswith(f"no server answers at {place}: is it running?")

@@ -10,11 +10,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.support.stack import ROOT, Stack
@@ -75,6 +76,20 @@ async def ran(
     assert "Traceback" not in found.err, found.err
     assert "PRIVATE KEY" not in found.err
     return found
+
+
+def called(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *arguments: str | Path
+) -> Ran:
+    """Run a program's *main* in this process, which must be outside any event loop."""
+    capsys.readouterr()
+    try:
+        code = main([str(one) for one in arguments])
+    except SystemExit as ended:  # argparse's way to end
+        code = int(ended.code or 0)
+    said = capsys.readouterr()
+    assert "PRIVATE KEY" not in said.err
+    return Ran(code, said.out, said.err)
 
 
 @dataclass(frozen=True)
