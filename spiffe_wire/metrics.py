@@ -105,9 +105,9 @@ class Metric(Generic[_Value]):
         yield f"# TYPE {self.name} {self.kind}"
         for values, held in list(self._values.items()):
             named = zip(self.label_names, values, strict=True)
-            labels = [f'{name}="{_quoted(value)}"' for name, value in named]
+            given = [f'{name}="{_quoted(value)}"' for name, value in named]
             for suffix, label, value in held.samples():
-                inside = ",".join([*labels, label] if label else labels)
+                inside = ",".join([*given, label] if label else given)
                 where = f"{{{inside}}}" if inside else ""
                 yield f"{self.name}{suffix}{where} {_number(value)}"
 
