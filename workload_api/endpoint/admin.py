@@ -2,12 +2,18 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from spiffe_core.errors import MalformedError, NotFoundError, NotReadyError, SpiffeError
+from spiffe_core.errors import (
+    MalformedError,
+    NotFoundError,
+    NotReadyError,
+    SpiffeError,
+    UnsupportedError,
+)
 from spiffe_wire.convert.entry import (
     id_from_wire,
     id_to_wire,
@@ -136,6 +142,10 @@ class AgentHealthServicer(health_pb2_grpc.HealthServicer):
         statuses = health_pb2.HealthCheckResponse.ServingStatus
         word = "SERVING" if self.is_ready() else "NOT_SERVING"
         return health_pb2.HealthCheckResponse(status=statuses.Value(word))
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        raise UnsupportedError("health is asked with Check")
+        yield
 
 
 def _process(pid: int) -> UnixPeer:
