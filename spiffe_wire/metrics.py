@@ -7,6 +7,7 @@ target 18).  Changed in the event loop alone; the text may be asked for from ano
 """
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final, Generic, TypeVar
@@ -71,10 +72,10 @@ class Spread:
         yield "_count", "", total
 
 
-_Value = TypeVar("_Value", Number, Spread)
+_Value = TypeVar("_Value", bound=Number | Spread)
 
 
-class Metric(Generic[_Value]):
+class Metric(ABC, Generic[_Value]):
     """One name: a value for each set of labels that was used, or one if it has no labels."""
 
     kind: ClassVar[str]
@@ -105,14 +106,15 @@ class Metric(Generic[_Value]):
         yield f"# TYPE {self.name} {self.kind}"
         for values, held in list(self._values.items()):
             named = zip(self.label_names, values, strict=True)
-            given = [f'{name}="{_quoted(value)}"' for name, value in named]
+            own = [f'{name}="{_quoted(value)}"' for name, value in named]
             for suffix, label, value in held.samples():
-                inside = ",".join([*given, label] if label else given)
+                inside = ",".join([*own, label] if label else own)
                 where = f"{{{inside}}}" if inside else ""
                 yield f"{self.name}{suffix}{where} {_number(value)}"
 
+    @abstractmethod
     def _make(self) -> _Value:
-        raise NotImplementedError
+        """Return a value in which nothing is counted yet."""
 
 
 class Counter(Metric[Number]):
