@@ -67,7 +67,7 @@ def test_sec_66_reversible_until_revoked() -> None:
     ],
 )
 def test_the_schedule(life: timedelta, prepared: timedelta, activated: timedelta) -> None:
-    """SEC-66: the next is made at half-life, at most 30 days, and signs at a sixth, at most 7."""
+    """SEC-66: the next is made at half-life or 30 days, and signs at a sixth or 7 days."""
     validity = Validity(NOW, NOW + life)
     assert validity.not_after - prepare_at(validity) == prepared
     assert validity.not_after - activate_at(validity) == activated
