@@ -176,7 +176,7 @@ def _is_dns_label(label: str) -> bool:
     except UnicodeError:
         return False
     canonical = text.encode("punycode").decode() == label[4:] and text == text.lower()
-    return canonical and not text.isascii() and all(map(_is_idna, text))
+    return canonical and all(map(_is_idna, text))
 
 
 def _is_idna(character: str) -> bool:

@@ -270,6 +270,20 @@ def test_id_20_2048_bytes() -> None:
         SpiffeId.parse(too_long)
 
 
+def test_a_long_text_is_refused_for_its_length() -> None:
+    """SEC-01: length comes first, so that no rule is tried on a text of any length."""
+    for text in ("spiffe://" + "é" * 3000, "spiffe://example.org/" + "/" * 100_000):
+        with pytest.raises(SpiffeIdError, match="longer than 2048"):
+            SpiffeId.parse(text)
+
+
+@pytest.mark.parametrize("path", ["a", "a/b", ".", " /a", "\n"])
+def test_a_path_begins_with_a_slash(path: str) -> None:
+    """ID-01: the parts of an ID are put together as they would be read."""
+    with pytest.raises(SpiffeIdError, match="start with a slash"):
+        SpiffeId(TD, path)
+
+
 @pytest.mark.parametrize("name_bytes", [1, 11, 100, 255])
 def test_id_22_every_byte_counts(name_bytes: int) -> None:
     """The limit is on the whole ID, scheme and name included, however it is built."""

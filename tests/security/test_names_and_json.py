@@ -470,6 +470,16 @@ def test_sec_05_depth(opening: str) -> None:
         loads(f"[{good}]")
 
 
+def test_sec_05_brackets_side_by_side_are_no_depth() -> None:
+    """Any number of arrays and objects may stand in 32 levels, and none in a 33rd."""
+    for inner in ("[]", "{}", "[[]]", '[{"a":1}]'):
+        levels = 32 - len([one for one in inner if one in "[{"])
+        many = "[" * levels + ",".join([inner] * 100) + "]" * levels
+        assert loads(many)
+        with pytest.raises(StrictJsonError, match="deeper than 32"):
+            loads(f"[{many}]")
+
+
 def test_sec_05_brackets_in_strings_are_no_depth() -> None:
     """Only structure counts as depth."""
     assert loads(json.dumps(["[{" * 500, '\\"[' * 500])) == ["[{" * 500, '\\"[' * 500]

@@ -21,6 +21,7 @@ def test_a_correct_entry() -> None:
     entry = an_entry()
     assert entry.check_names(TD) is entry
     assert (entry.x509_svid_ttl, entry.expires_at, entry.hint) == (timedelta(0), None, "")
+    assert entry.revision_number == 0
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,7 @@ def test_a_hint_is_text() -> None:
         "xn--bcher-kva.example",
         "xn--nxasmq6b",
         "xn--11b4c3d",
+        "xn--b-cher-3ya",
     ],
     ids=lambda name: name[:20],
 )
@@ -184,6 +186,8 @@ def test_dns_names(name: str) -> None:
         "xn--a-",
         "xn--abc-",
         "xn--99999999",
+        "xn--wca",
+        "xn---tda",
         "xn--bcher-kva.XN--A",
         "[::1]",
         "a:80",

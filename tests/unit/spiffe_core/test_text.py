@@ -28,6 +28,15 @@ def test_base64_goes_and_comes_back(data: bytes) -> None:
     assert b64_decode(base64.b64encode(data).decode()) == data
 
 
+@pytest.mark.parametrize(
+    "text", ["YR==", "YWF=", "YQ", "YQ=", "YQ===", "YWJj=", "Y Q==", "-_8="]
+)
+def test_base64_that_is_not_the_one_spelling(text: str) -> None:
+    """SEC-05: spare bits, padding too much or too little, and other alphabets are refused."""
+    with pytest.raises(StrictJsonError, match="base64"):
+        b64_decode(text)
+
+
 @given(st.text(st.characters(codec=None), max_size=12) | st.text("YWQ=+/-_ \n", max_size=12))
 def test_base64_in_one_spelling(text: str) -> None:
     """SEC-05: any other text than the one spelling of its bytes is refused."""
