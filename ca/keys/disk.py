@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Final
 
@@ -38,6 +39,7 @@ class DiskKeyManager:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._making = threading.Lock()  # between looking for a name and taking it
 
     async def generate(self, key_id: str, kind: KeyKind, purpose: KeyPurpose) -> SigningKey:
         """Make a key and keep it; see `KeyManager`."""
@@ -88,13 +90,14 @@ class DiskKeyManager:
 
     def _generate(self, key_id: str, kind: KeyKind, purpose: KeyPurpose) -> SigningKey:
         path = self._path(key_id, purpose)
-        make_private_folder(self._folder)
-        for taken in (self._path(key_id, one) for one in KeyPurpose):
-            if os.path.lexists(taken):
-                raise KeyStoreError(f"{taken} exists already")
         private = generate_private_key(kind)
         crash_point("key.generated")
-        write_private_file(path, pkcs8_of(private))
+        make_private_folder(self._folder)
+        with self._making:
+            for taken in (self._path(key_id, one) for one in KeyPurpose):
+                if os.path.lexists(taken):
+                    raise KeyStoreError(f"{taken} exists already")
+            write_private_file(path, pkcs8_of(private))
         return SigningKey(key_id, purpose, private)
 
     def _load(self, key_id: str, purpose: KeyPurpose) -> SigningKey:
