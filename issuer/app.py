@@ -276,7 +276,7 @@ async def _open_doors(stack: contextlib.AsyncExitStack, server: Server, api: Api
         settings.bind_address, settings.bind_port, context=server.own.context, identify=identify
     )
     if settings.status.port or settings.bind_port == 0:
-        status = stack.enter_context(_status(server))
+        status = await stack.enter_async_context(_status(server))
         server.status_port = status.port
     stack.push_async_callback(admin.close, STOP_GRACE)
     stack.push_async_callback(tcp.close, STOP_GRACE)

@@ -216,7 +216,7 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
         settings.workload_socket, mode=0o777, policy=settings.workloads.peer_proof
     )
     if settings.status.port:
-        status = stack.enter_context(_status(agent))
+        status = await stack.enter_async_context(_status(agent))
         agent.status_port = status.port
 
     async def stop() -> None:
