@@ -211,10 +211,11 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
     )
     uids = frozenset({0, os.geteuid(), *settings.admin_uids})
     mode = 0o600 if not settings.admin_uids else 0o666
-    await admin.listen_unix(settings.admin_socket, mode=mode, allowed_uids=uids)
+    # Health is asked on the admin socket: when that answers, workloads can call.
     await public.listen_unix(
         settings.workload_socket, mode=0o777, policy=settings.workloads.peer_proof
     )
+    await admin.listen_unix(settings.admin_socket, mode=mode, allowed_uids=uids)
     if settings.status.port:
         status = await stack.enter_async_context(_status(agent))
         agent.status_port = status.port
