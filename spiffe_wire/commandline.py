@@ -77,7 +77,12 @@ def guarded(run: "Callable[[], int]") -> int:
 
     try:
         code = run()
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise CommandError(f"cannot write the answer: {error.strerror}") from error
     except CommandError as error:
         say(str(error))
         return error.code

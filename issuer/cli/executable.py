@@ -46,12 +46,12 @@ def executable_of(program: str) -> Executable | None:
     """
     for _ in range(MAX_SCRIPTS + 1):
         path = os.path.realpath(program)
-        if os.path.basename(path) in LAUNCHERS or utf8_bytes(path) is None:
-            return None
         try:
             with open(path, "rb") as file:
                 head = file.read(_HEAD_BYTES)
                 if head.startswith(b"\x7fELF"):
+                    if os.path.basename(path) in LAUNCHERS or utf8_bytes(path) is None:
+                        return None
                     if os.fstat(file.fileno()).st_size > MAX_HASHED_BYTES:
                         return None
                     file.seek(0)
