@@ -17,7 +17,6 @@ from google.protobuf import descriptor_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from spiffe_wire.pb import workloadapi_pb2 as pb
-from spiffe_wire.pb.spire.api.server.entry.v1 import entry_pb2, entry_pb2_grpc
 from tests.support.children import a_python
 from tests.support.endpoint import read
 from tests.support.stack import (
@@ -239,7 +238,6 @@ import sys
 sys.path[:0] = sys.argv[2:]
 import grpc
 from spiffe_wire.pb import workloadapi_pb2 as pb
-from spiffe_wire.pb.spire.api.server.entry.v1 import entry_pb2, entry_pb2_grpc
 channel = grpc.insecure_channel("unix:" + sys.argv[1])
 call = channel.unary_stream(
     "/SpiffeWorkloadAPI/FetchX509SVID", response_deserializer=pb.X509SVIDResponse.FromString
@@ -264,7 +262,7 @@ async def test_wep_21_a_process_without_an_identity(stack: Stack) -> None:
     entry = await stack.server.add_entry(
         "/secret", stack.agent.agent_id, "unix:uid:4242", "unix:path:/opt/secret"
     )
-    (web,) = await _entries(stack, "/web")
+    (web,) = await stack.server.entries("/web")
     await stack.server.delete_entries(web)
     try:
         async with stack.agent.workload() as channel:
@@ -288,14 +286,6 @@ async def test_wep_21_a_process_without_an_identity(stack: Stack) -> None:
         await stack.agent.until_svids(1)
 
 
-async def _entries(stack: Stack, path: str) -> list[Any]:
-    async with stack.server.channel() as channel:
-        found = await entry_pb2_grpc.EntryStub(channel).ListEntries(
-            entry_pb2.ListEntriesRequest()
-        )
-    return [one for one in found.entries if one.spiffe_id.path == path]
-
-
 async def _entry_count(stack: Stack, count: int) -> bool:
     status = await stack.agent.status()
     return status is not None and status.entries == count
@@ -303,7 +293,7 @@ async def _entry_count(stack: Stack, count: int) -> bool:
 
 async def test_wep_22_registered_later(stack: Stack) -> None:
     """WEP-22: one that was denied is answered once it is registered, on the same connection."""
-    (web,) = await _entries(stack, "/web")
+    (web,) = await stack.server.entries("/web")
     async with stack.agent.workload() as channel:
         await stack.server.delete_entries(web)
         await stack.agent.process.until(lambda: _entry_count(stack, 0))

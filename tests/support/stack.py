@@ -204,6 +204,14 @@ class ServerCalls:
         assert result.status.code == 0, result.status.message
         return result.entry
 
+    async def entries(self, path: str = "") -> list[Any]:
+        """Its entries, or those for the SPIFFE ID of *path*."""
+        async with self.channel() as channel:
+            answer = await entry_pb2_grpc.EntryStub(channel).ListEntries(
+                entry_pb2.ListEntriesRequest()
+            )
+        return [one for one in answer.entries if path in ("", one.spiffe_id.path)]
+
     async def update_entry(self, entry: Any) -> Any:
         """Make the entry of this ID what *entry* says, and return it as it is stored now."""
         async with self.channel() as channel:
