@@ -124,7 +124,7 @@ AGENT_RENEW: Final = (
 AGENT_CHANGE: Final = (
     "agent.applied",
     "agent.svids_got",
-    "reply.FetchX509SVID:2",
+    "reply.FetchX509SVID:3",
     *AGENT_FILE,
 )
 SERVER: Final = {

@@ -327,6 +327,11 @@ class AgentProcess:
 
     async def join(self) -> Self:
         """Write its settings with a fresh token, start it, and wait until it is in step."""
+        await self.configure()
+        return await self.start()
+
+    async def configure(self) -> Self:
+        """Write its settings, with a fresh token and the server's bundle."""
         token, bundle = self.folder / "token", self.folder / "bundle.pem"
         token.write_text(await self.server.join_token())
         bundle.write_text(await self.server.bundle_pem())
@@ -346,7 +351,7 @@ class AgentProcess:
             **self.changes,
         }
         self.config.write_text(yaml.safe_dump(settings))
-        return await self.start()
+        return self
 
     async def start(self, *, connected: bool = True, **environment: str) -> Self:
         """Start it and wait until its sockets answer; *connected*: and it is in step."""
