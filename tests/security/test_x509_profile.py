@@ -98,7 +98,8 @@ def test_the_corpus_is_large() -> None:
     [
         lack(Oid.EXTENDED_KEY_USAGE), lack(Oid.BASIC_CONSTRAINTS),
         lack(Oid.SUBJECT_KEY_IDENTIFIER), purposes(*BOTH, critical=True),
-        purposes(*BOTH, ExtendedKeyUsageOID.CODE_SIGNING), usage("digital_signature", critical=False),
+        purposes(*BOTH, ExtendedKeyUsageOID.CODE_SIGNING),
+        usage("digital_signature", critical=False),
         usage("digital_signature", "key_encipherment", "key_agreement"), raw(UNKNOWN, b"junk"),
         put(x509.BasicConstraints(False, None)), key("p521"), key("ed25519"), key("p384"),
         fields(digest="sha384"),
