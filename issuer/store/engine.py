@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from alembic.util.exc import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -141,7 +140,7 @@ def prepare(path: Path, trust_domain: TrustDomain) -> Engine:
     try:
         migrate.upgrade(engine)
         migrate.claim(engine, trust_domain, path)
-    except (SQLAlchemyError, CommandError) as error:
+    except SQLAlchemyError as error:
         engine.dispose()
         raise _damaged(path) from error
     except BaseException:

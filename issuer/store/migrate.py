@@ -9,11 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, insert, select
+from sqlalchemy import Connection, Engine, insert, inspect, select, text
 
 from issuer.store.tables import meta
 from spiffe_core.bundle import DEFAULT_REFRESH_HINT
@@ -44,12 +40,20 @@ def locate() -> Path:
     return _PACKAGED if _PACKAGED.is_dir() else _IN_TREE
 
 
+def revisions() -> list[str]:
+    """Return the numbers of all migrations, the first one first; file names begin with them."""
+    return sorted(one.name[:4] for one in (locate() / "versions").glob("[0-9]*.py"))
+
+
 def status(engine: Engine) -> SchemaStatus:
-    """Compare the database with this release."""
-    scripts = ScriptDirectory.from_config(_config())
+    """
+    Compare the database with this release.
+
+    Raises:
+        PreconditionError: the database names several schemas.
+    """
     with engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-    return SchemaStatus(current, scripts.get_current_head() or "")
+        return SchemaStatus(_current(connection), revisions()[-1])
 
 
 def upgrade(engine: Engine) -> SchemaStatus:
@@ -60,22 +64,44 @@ def upgrade(engine: Engine) -> SchemaStatus:
         PreconditionError: the database is of a newer release.
     """
     before = status(engine)
-    known = {one.revision for one in ScriptDirectory.from_config(_config()).walk_revisions()}
-    if before.current is not None and before.current not in known:
+    if before.current is not None and before.current not in revisions():
         raise PreconditionError(
             f"the database has schema {before.current}, newer than this release's "
             f"{before.wanted}: run the newer release, or restore an older backup"
         )
     if not before.is_current:
-        config = _config()
-        steps = engine.execution_options(seconds=MIGRATION_SECONDS)
+        _take_steps(engine)
+    return status(engine)
+
+
+def _take_steps(engine: Engine) -> None:
+    # Here and not above: most starts have no step to take, and Alembic is a third of what
+    # the server loads.
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util.exc import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(locate()).replace("%", "%%"))
+    steps = engine.execution_options(seconds=MIGRATION_SECONDS)
+    try:
         with steps.begin() as connection:
             config.attributes["connection"] = connection
             crash_point("migration.started")
             command.upgrade(config, "head")
             crash_point("migration.before_commit")
-        crash_point("migration.committed")
-    return status(engine)
+    except CommandError as error:
+        raise PreconditionError("the migrations of this release cannot be run") from error
+    crash_point("migration.committed")
+
+
+def _current(connection: Connection) -> str | None:
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    found = connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all()
+    if len(found) > 1:
+        raise PreconditionError("the database names several schemas: restore a backup")
+    return str(found[0]) if found else None
 
 
 def claim(engine: Engine, trust_domain: TrustDomain, path: Path) -> None:
@@ -110,9 +136,3 @@ def claim(engine: Engine, trust_domain: TrustDomain, path: Path) -> None:
 def new_epoch() -> str:
     """Return a name for a stretch of history that no restore has cut."""
     return secrets.token_hex(16)
-
-
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(locate()).replace("%", "%%"))
-    return config

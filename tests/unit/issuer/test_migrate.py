@@ -1,12 +1,16 @@
 """Migrations: where they are, what they make, what they refuse (SEC-95)."""
 
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import inspect
 
 from issuer.store import migrate
@@ -52,6 +56,36 @@ def test_there_is_one_head() -> None:
     """Migrations are one line, numbered, each behind the other."""
     names = sorted(path.stem for path in (migrate.locate() / "versions").glob("*.py"))
     assert [name[:4] for name in names] == [f"{n:04}" for n in range(1, len(names) + 1)]
+
+
+def test_numbers_are_what_alembic_reads() -> None:
+    """The numbers in the file names are the revisions, in Alembic's own order."""
+    config = Config()
+    config.set_main_option("script_location", str(migrate.locate()))
+    found = ScriptDirectory.from_config(config).walk_revisions()
+    assert [one.revision for one in found][::-1] == migrate.revisions()
+
+
+def test_a_current_database_opens_without_alembic(tmp_path: Path) -> None:
+    """An ordinary start loads no migration tool."""
+    prepare(tmp_path / "issuer.db", TD).dispose()
+    code = (
+        "import sys; from pathlib import Path; from issuer.store.engine import prepare; "
+        "from spiffe_core.spiffeid import TrustDomain; "
+        f"prepare(Path({str(tmp_path / 'issuer.db')!r}), TrustDomain({TD.name!r})).dispose(); "
+        "sys.exit('alembic' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_several_schemas_are_refused(tmp_path: Path) -> None:
+    """A database that names two schemas is left alone."""
+    path = tmp_path / "issuer.db"
+    prepare(path, TD).dispose()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("INSERT INTO alembic_version VALUES ('0002')")
+    with pytest.raises(PreconditionError, match="several schemas"):
+        prepare(path, TD)
 
 
 def test_sec_95_a_newer_schema_is_refused(tmp_path: Path) -> None:
