@@ -260,6 +260,51 @@ async def test_signals_are_passed_on(files: dict[str, str]) -> None:
     nothing_is_left(dev.first_lines[0])
 
 
+ON_A_TERMINAL = """
+import os, pty, sys
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
+"""
+COUNTS = """
+import signal, sys
+heard = []
+def caught(number, frame):
+    heard.append(number)
+    print("caught", flush=True)
+signal.signal(signal.SIGINT, caught)
+print("ready", flush=True)
+line = sys.stdin.readline()
+print("heard", len(heard), "read", line, flush=True)
+sys.exit(5)
+"""
+
+
+async def test_ctrl_c_is_the_commands(files: dict[str, str]) -> None:
+    """At a terminal a key's signal reaches the command once, from the terminal, and not dev."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ON_A_TERMINAL, *DEV, "--", sys.executable, "-c", COUNTS,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT,
+        env=environment(files),
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        for typed, wanted in (
+            (b"", b"ready"),
+            (b"\x03", b"caught"),
+            (b"x\n", b"heard 1 read x"),
+        ):
+            process.stdin.write(typed)
+            line = b""
+            while wanted not in line:
+                line = await asyncio.wait_for(process.stdout.readline(), 20)
+                assert line, "it ended"
+        assert await asyncio.wait_for(process.wait(), 20) == 5
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
 SLEEPS = (
     "import os, time; print(os.environ['SPIFFE_ENDPOINT_SOCKET'], os.getpid(), flush=True); "
     "time.sleep(60)"
