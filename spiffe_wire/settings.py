@@ -17,8 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import yaml
-
 from spiffe_core.errors import MalformedError
 
 PREFIX: Final = "SPIFFE_ISSUER_"
@@ -54,10 +52,12 @@ def load(kind: type[_T], text: str, environment: Mapping[str, str], role: str) -
     """
     if len(text) > MAX_BYTES:
         raise SettingsError("settings are longer than 1 MiB")
+    from spiffe_wire import strictyaml
+
     try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 a SafeLoader that refuses more
-    except yaml.YAMLError as error:
-        raise SettingsError(f"settings are not YAML: {error}") from error
+        tree = strictyaml.loads(text)
+    except strictyaml.YamlError as error:
+        raise SettingsError(str(error)) from error
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -137,23 +137,6 @@ def json_schema(kind: type[Any]) -> dict[str, Any]:
         "type": "object", "properties": properties, "additionalProperties": False,
         **({"required": required} if required else {}),
     }  # fmt: skip
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, and a duplicate key is an error instead of the last one winning."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in made:
-            raise SettingsError(f"{key}: the key is there twice")
-        made[key] = loader.construct_object(value_node, deep=True)
-    return made
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 def _fields(kind: type[Any]) -> list[tuple[Field[Any], Any]]:
