@@ -446,6 +446,7 @@ class FrontDoor:
         finally:
             self._acceptors.discard(acceptor)
             acceptor.close()
+            path.unlink()
             await self._cut_all([one for one in self._open if one.peer is peer])
 
 

@@ -107,7 +107,7 @@ class Refusals:
         self.counts: Counter[str] = Counter()
         self._logged: dict[str, tuple[float, int]] = {}
 
-    def note(self, reason: str, error: BaseException | None = None, **fields: object) -> None:
+    def note(self, reason: str, error: BaseException | None = None) -> None:
         """One more for *reason*; a flood of refusals must not become a flood of lines."""
         self.counts[reason] += 1
         now = time.monotonic()
@@ -116,15 +116,9 @@ class Refusals:
             return
         count = self.counts[reason] - so_far
         self._logged[reason] = (now, self.counts[reason])
-        event(
-            _log,
-            logging.INFO,
-            "connection_refused",
-            exc_info=error,
-            reason=reason,
-            count=count,
-            **fields,
-        )
+        # The text alone: a record that somebody keeps must not keep the caller's pidfd.
+        why = "" if error is None else str(error)
+        event(_log, logging.INFO, "connection_refused", reason=reason, why=why, count=count)
 
 
 def address_key(address: str) -> str:

@@ -154,6 +154,7 @@ async def attacked(kind: str, parts: list[bytes]) -> AsyncIterator[tuple[Door, l
     """A door that was sent *parts*, and every frame it answered until it cut."""
     async with a_door(kind, limits=LIMITS, interceptors=SLOW) as door:
         async with door.raw() as hostile:
+            hostile.polite = False
             try:
                 for part in parts:
                     await hostile.send(part)

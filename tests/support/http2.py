@@ -116,6 +116,8 @@ class Raw:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
+        self.polite = True
+        """Whether settings and pings of the server are answered."""
 
     async def send(self, *parts: bytes) -> None:
         """Send, waiting for room."""
@@ -130,9 +132,15 @@ class Raw:
         try:
             head = await self._reader.readexactly(9)
             payload = await self._reader.readexactly(int.from_bytes(head[:3]))
+            found = Frame(head[3], head[4], int.from_bytes(head[5:]), payload)
+            if self.polite and found.kind in (SETTINGS, PING) and not found.flags & ACK:
+                # Without these grpcio takes no more than 128 streams, even one by one.
+                await self.send(
+                    frame(found.kind, ACK, 0, payload if found.kind == PING else b"")
+                )
         except (asyncio.IncompleteReadError, ConnectionError, ssl.SSLError):
             return None
-        return Frame(head[3], head[4], int.from_bytes(head[5:]), payload)
+        return found
 
     async def until(self, kind: int, stream: int | None = None) -> Frame | None:
         """The next frame of *kind*; None if the server closes first."""
