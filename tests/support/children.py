@@ -1,13 +1,16 @@
 """Real child processes to attest: pinned by a pidfd, ended and waited for in any case."""
 
+import asyncio
 import contextlib
 import gc
 import os
 import select
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,3 +100,75 @@ def open_files() -> int:
     """How many descriptors this process holds, garbage not counted."""
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
+
+
+CONNECTS = """
+import array, os, socket, sys
+path, channel = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(path)
+passed = array.array("i", [connection.fileno()])
+channel.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
+for line in sys.stdin:
+    word, _, rest = line.rstrip("\\n").partition(" ")
+    if word == "exec":
+        os.execv(rest.split()[0], rest.split())
+    elif word == "fork" and os.fork():
+        os._exit(0)
+    elif word == "setuid":
+        os.setresuid(int(rest), int(rest), int(rest))
+    elif word == "close":
+        connection.close()
+    print("done", flush=True)
+"""
+"""Connects, hands the connection to its parent, and then does what it is told."""
+
+
+@contextlib.contextmanager
+def a_connected_child(path: Path, **options: Any) -> Iterator["tuple[Child, socket.socket]"]:
+    """A process that connected to *path*, and the connection, which it passed to us."""
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        theirs,
+        a_python(
+            CONNECTS, str(path), str(theirs.fileno()), pass_fds=[theirs.fileno()], **options
+        ) as child,
+    ):
+        ours.settimeout(10)
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        with socket.socket(fileno=fds[0]) as connection:
+            yield child, connection
+
+
+@contextlib.asynccontextmanager
+async def spoken_through(connection: socket.socket) -> AsyncIterator[str]:
+    """An address that leads to *connection*, so that a gRPC client of ours can speak on it."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_unix_connection(sock=connection.dup())
+        writers.extend((writer, far_writer))
+        await asyncio.gather(pipe(reader, far_writer), pipe(far_reader, writer))
+
+    connection.setblocking(False)
+    folder = tempfile.mkdtemp(prefix="si-")
+    server = await asyncio.start_unix_server(join, f"{folder}/s")
+    try:
+        yield f"unix:{folder}/s"
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+        for writer in writers:
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+        await asyncio.sleep(0)
+        shutil.rmtree(folder)
