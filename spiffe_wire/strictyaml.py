@@ -4,6 +4,7 @@ YAML as the safe loader reads it, and a key that is there twice is an error (SEC
 A module of its own because only who reads settings needs it, and the library is slow to load.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
@@ -39,6 +40,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     made: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise YamlError("settings are not YAML that we read: a list or map is a key")
         if key in made:
             raise YamlError(f"{key}: the key is there twice")
         made[key] = loader.construct_object(value_node, deep=True)
