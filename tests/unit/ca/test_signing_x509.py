@@ -430,8 +430,8 @@ def ready() -> tuple[PreparedX509, Cert]:
 
 def free_spots(cert: Cert, whole: bytes) -> set[int]:
     """
-    Bytes that mean nothing by themselves: which kind of text a name is written in, and the
-    inner copy of the signature's algorithm.
+    Bytes that do not change what is read: which kind of text a name is written in, the form
+    of a point, the count of unused bits, and the inner copy of the signature's algorithm.
     """
 
     def at(part: bytes) -> range:
@@ -442,7 +442,9 @@ def free_spots(cert: Cert, whole: bytes) -> set[int]:
         spot for part in (cert.issuer, cert.subject) for spot in at(part)
         if whole[spot] in (0x0C, 0x13)
     }  # fmt: skip
-    return texts | set(at(algorithm_of(cert.signer, cert.digest)))
+    point = at(cert.spki).stop - 65
+    unused = at(cert.find(Oid.KEY_USAGE).value).start + 2
+    return {*texts, point, unused, *at(algorithm_of(cert.signer, cert.digest))}
 
 
 @pytest.mark.parametrize(
