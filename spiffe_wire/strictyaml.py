@@ -4,6 +4,7 @@ YAML as the safe loader reads it, and a key that is there twice is an error (SEC
 A module of its own because only who reads settings needs it, and the library is slow to load.
 """
 
+import contextlib
 from collections.abc import Hashable
 from typing import Any
 
@@ -19,6 +20,10 @@ class YamlError(MalformedError):
 class _Loader(yaml.SafeLoader):
     """Safe, and a duplicate key is an error instead of the last one winning."""
 
+    def close(self) -> None:
+        """Undo the circles in it."""
+        self.dispose()
+
 
 def loads(text: str) -> Any:
     """
@@ -27,13 +32,11 @@ def loads(text: str) -> Any:
     Raises:
         YamlError: it is none, or a key is there twice.
     """
-    loader = _Loader(text)
     try:
-        return loader.get_single_data()
+        with contextlib.closing(_Loader(text)) as loader:
+            return loader.get_single_data()
     except yaml.YAMLError as error:
         raise YamlError(f"settings are not YAML: {error}") from error
-    finally:
-        loader.dispose()
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
