@@ -1,12 +1,18 @@
 """The names of agents."""
 
+from datetime import datetime, timedelta
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spiffe_core.agent import agent_id, require_agent_id
 from spiffe_core.spiffeid import SpiffeId, SpiffeIdError, TrustDomain
-from tests.support.store import TD, an_agent, an_id, node_id
+from tests.support.store import NOW, TD, an_agent, an_id, node_id
+
+SECOND = timedelta(seconds=1)
+END = NOW + timedelta(hours=1)
 
 
 def test_an_agents_id() -> None:
@@ -51,6 +57,22 @@ def test_every_agents_id_is_one(segments: list[str]) -> None:
     assert require_agent_id(made, TD) == made
     with pytest.raises(SpiffeIdError):
         made.require_workload(TD)
+
+
+@pytest.mark.parametrize(
+    ("changes", "at", "live"),
+    [
+        ({}, END, True),
+        ({}, END + SECOND, False),
+        ({"banned": True}, END + SECOND, True),
+        ({"new_expires_at": END + 2 * SECOND}, END + SECOND, True),
+        ({"new_expires_at": END + 2 * SECOND}, END + 3 * SECOND, False),
+        ({"new_expires_at": END - 2 * SECOND}, END, True),
+    ],
+)
+def test_while_an_agent_is_live(changes: dict[str, Any], at: datetime, live: bool) -> None:
+    """SEC-52: an agent is live until the end of its last certificate; a banned one always."""
+    assert an_agent(**changes).is_live(at) is live
 
 
 def test_a_fresh_agent() -> None:

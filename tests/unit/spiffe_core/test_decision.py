@@ -91,6 +91,12 @@ def test_reason(have: list[str], entries: list[RegistrationEntry], reason: str) 
             {},
             "the entry wants docker:a, docker:b, which the process does not have",
         ),
+        (
+            ["unix:uid:1001", "docker:a"],
+            [UID],
+            {},
+            "the entry wants docker:a, unix:uid:1001, which the process does not have",
+        ),
         ([UID], [UID], {"expires_at": NOW - SECOND}, "the entry has expired"),
         (
             ["unix:uid:0"],

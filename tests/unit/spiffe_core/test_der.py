@@ -31,6 +31,15 @@ def test_wapi_17_certificates_back_to_back() -> None:
     assert split_certificates(some[0]) == (some[0],)
 
 
+@pytest.mark.parametrize("body", [0, 1, 127, 128, 129, 255, 256, 257, 16_380])
+def test_lengths_of_one_two_and_three_bytes(body: int) -> None:
+    """Each length has its shortest form, at every border between forms."""
+    one = writer.sequence(b"\xff" * body)
+    assert split_certificates(one * 2) == (one, one)
+    with pytest.raises(DerError, match="cut off"):
+        split_certificates(one + one[:-1])
+
+
 @given(st.lists(st.integers(2, 400) | st.integers(2, 70_000), max_size=5))
 def test_what_is_joined_comes_apart(sizes: list[int]) -> None:
     """SEQUENCEs of any size up to 16 KiB come apart; a longer one is refused."""

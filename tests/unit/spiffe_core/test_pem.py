@@ -106,6 +106,7 @@ def test_what_is_not_pem(text: str) -> None:
 def test_sec_14_1_mib() -> None:
     """1 MiB is read; a byte more is refused, and hostile text of that size costs little."""
     text = certificates_to_pem([b"\x30"])
+    assert MAX_PEM_BYTES == 1048576
     assert certificates_from_pem(text.ljust(MAX_PEM_BYTES)) == (b"\x30",)
     with pytest.raises(PemError, match="longer than 1 MiB"):
         certificates_from_pem(text.ljust(MAX_PEM_BYTES + 1))
