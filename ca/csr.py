@@ -84,7 +84,8 @@ def _parse(csr: bytes) -> x509.CertificateSigningRequest:
         raise CsrError(f"malformed CSR: longer than {MAX_CSR_BYTES} bytes")
     try:
         return x509.load_der_x509_csr(csr)
-    except ValueError as error:
+    except Exception as error:
+        # A strange version is no ValueError, and the parser may know more such things.
         raise CsrError("malformed CSR: not a DER PKCS#10 request") from error
 
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, padding
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID, ObjectIdentifier
 
 from spiffe_core.authority import JwtAuthority, X509Authority
@@ -143,6 +143,10 @@ def algorithm_of(key: Any, digest: str) -> bytes:
     """The AlgorithmIdentifier of a signature."""
     if isinstance(key, ed25519.Ed25519PrivateKey):
         return der.sequence(der.oid("1.3.101.112"))
+    if isinstance(key, ed448.Ed448PrivateKey):
+        return der.sequence(der.oid("1.3.101.113"))
+    if isinstance(key, dsa.DSAPrivateKey):
+        return der.sequence(der.oid("2.16.840.1.101.3.4.3.2"))
     if isinstance(key, ec.EllipticCurvePrivateKey):
         return der.sequence(der.oid(_EC[digest]))
     return der.sequence(der.oid(_RSA[digest]), der.NULL)
@@ -150,8 +154,10 @@ def algorithm_of(key: Any, digest: str) -> bytes:
 
 def sign(key: Any, data: bytes, digest: str) -> bytes:
     """A signature by *key*, whichever kind it is."""
-    if isinstance(key, ed25519.Ed25519PrivateKey):
+    if isinstance(key, ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey):
         return key.sign(data)
+    if isinstance(key, dsa.DSAPrivateKey):
+        return key.sign(data, hashes.SHA256())
     algorithm = getattr(hashes, digest.upper())()
     if isinstance(key, ec.EllipticCurvePrivateKey):
         return key.sign(data, ec.ECDSA(algorithm))
