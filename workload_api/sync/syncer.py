@@ -155,35 +155,36 @@ class Syncer:
         call = watch_pb2_grpc.AgentWatchStub(self.dialer.channel).Watch(
             watch_pb2.WatchRequest(cursor=self.cursor)
         )
-        first, entries = None, []
+        whole, entries = watch_pb2.WatchResponse(), []
         try:
             async for message in call:
-                first = first or message
                 entries += _entries_of(message.entries)
+                message.ClearField("entries")
+                whole.MergeFrom(message)
                 if not message.more:
-                    self._apply(first, message, entries)
-                    first, entries = None, []
+                    self._apply(whole, entries)
+                    whole, entries = watch_pb2.WatchResponse(), []
                     backoff.reset()
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from error
         finally:
             call.cancel()
 
-    def _apply(self, first: Any, last: Any, entries: Sequence[RegistrationEntry]) -> None:
-        """Take over one change, which came in messages from *first* to *last*."""
+    def _apply(self, whole: Any, entries: Sequence[RegistrationEntry]) -> None:
+        """Take over one change: all its messages merged, and the *entries* of all of them."""
         self.state.mode = "watch"
-        bundles, unread = _bundles_of(last.bundles)
+        bundles, unread = _bundles_of(whole.bundles)
         change = self.cache.apply(
-            snapshot=first.snapshot,
+            snapshot=whole.snapshot,
             entries=entries,
-            removed=last.removed_entry_ids,
+            removed=whole.removed_entry_ids,
             bundles=bundles,
-            removed_domains=[TrustDomain(name) for name in last.removed_trust_domains],
+            removed_domains=[TrustDomain(name) for name in whole.removed_trust_domains],
             unread_domains=unread,
         )
         crash_point("agent.applied")
-        self.cursor = last.cursor
-        self._synced(change, first.committed_at_micros)
+        self.cursor = whole.cursor
+        self._synced(change, whole.committed_at_micros)
 
     def _synced(self, change: Change, committed_at_micros: int) -> None:
         if not self.state.connected or change:
