@@ -12,9 +12,10 @@ from typing import Final
 from ca.active import ActiveJwt
 from ca.x509 import LintError, check_span
 from spiffe_core.errors import MalformedError, NotReadyError
-from spiffe_core.jwtsvid import JwtSvid
+from spiffe_core.jwtsvid import MAX_TOKEN_BYTES, JwtSvid
 from spiffe_core.spiffeid import SpiffeId
 from spiffe_core.strictjson import b64url_decode, b64url_encode, dumps, loads
+from spiffe_core.text import utf8_bytes
 
 MAX_AUDIENCES: Final = 16  # SEC-26
 MAX_AUDIENCE_BYTES: Final = 255
@@ -55,7 +56,10 @@ def check_audience(audience: tuple[str, ...]) -> tuple[str, ...]:
         raise MalformedError("at least one audience is required")
     if len(values) > MAX_AUDIENCES:
         raise MalformedError(f"more than {MAX_AUDIENCES} audiences")
-    if any(len(value.encode()) > MAX_AUDIENCE_BYTES for value in values):
+    sizes = [utf8_bytes(value) for value in values]
+    if None in sizes:
+        raise MalformedError("an audience is not UTF-8 text")
+    if any(size is not None and size > MAX_AUDIENCE_BYTES for size in sizes):
         raise MalformedError(f"an audience is longer than {MAX_AUDIENCE_BYTES} bytes")
     return values
 
@@ -102,12 +106,21 @@ def sign_jwt(
     signed = f"{authority.header}.{b64url_encode(dumps(claims))}"
     signature = authority.signer.sign(signed.encode(), authority.private)
     token = f"{signed}.{b64url_encode(signature)}"
-    _read_back(token, claims, authority)
+    if len(token) > MAX_TOKEN_BYTES:
+        # Control characters take six bytes each; no validator of ours would read it (SEC-43).
+        raise MalformedError("the audiences make the token longer than 16 KiB")
+    read_back(token, claims, authority)
     svid = JwtSvid(token, spiffe_id, values, end, issued_at, authority.key_id, claims)
     return SignedJwt(svid, authority.key_id)
 
 
-def _read_back(token: str, claims: dict[str, object], authority: ActiveJwt) -> None:
+def read_back(token: str, claims: dict[str, object], authority: ActiveJwt) -> None:
+    """
+    See that *token* says what was meant, and nothing else (SEC-24).
+
+    Raises:
+        LintError: it does not; it must not leave.
+    """
     header, payload, _ = token.split(".")
     try:
         same = loads(b64url_decode(payload)) == claims and header == authority.header
