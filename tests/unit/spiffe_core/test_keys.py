@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from spiffe_core.errors import SpiffeError
 from spiffe_core.keys import (
     MAX_CERTIFICATE_BYTES,
+    NAMED,
     KeyRefusedError,
     check_certificate_size,
     check_public_key,
@@ -131,6 +132,13 @@ def test_sec_15_curves_are_named() -> None:
     with pytest.raises(KeyRefusedError, match="name their curve"):
         key_of_spki(explicit)
     assert key_of_spki(named_spki(point)) == a_key().public_key()
+
+
+@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()])
+def test_what_stands_before_the_coordinates(curve: ec.EllipticCurve) -> None:
+    """The known beginnings are the library's, to the last octet before the coordinates."""
+    spki = spki_of(ec.generate_private_key(curve).public_key())
+    assert spki[: -2 * ((curve.key_size + 7) // 8)] == NAMED[curve.name]
 
 
 def test_a_point_is_whole() -> None:
