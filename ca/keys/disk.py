@@ -8,6 +8,7 @@ readable by others is refused with its name; it is never replaced by a new key i
 import asyncio
 import contextlib
 import os
+import re
 import stat
 import threading
 from pathlib import Path
@@ -32,6 +33,10 @@ MAX_FILE_BYTES: Final = 16 * 1024
 _SHA256: Final = hashes.SHA256()
 _ECDSA: Final = ec.ECDSA(_SHA256)
 _PKCS1: Final = padding.PKCS1v15()
+# A key's file, or what a crash left of one that was being written.
+_OURS: Final = re.compile(
+    rf"\.?([a-z0-9-]+)\.(?:{'|'.join(one.value for one in KeyPurpose)})\.key(?:\.new)?"
+)
 
 
 class DiskKeyManager:
@@ -81,12 +86,7 @@ class DiskKeyManager:
             return frozenset()
         except OSError as error:
             raise KeyStoreError(f"cannot list {self._folder}: {error.strerror}") from error
-        return frozenset(
-            key_id
-            for name in names
-            if name.endswith((".key", ".key.new"))
-            and _is_key_id(key_id := name.removeprefix(".").partition(".")[0])
-        )
+        return frozenset(found[1] for name in names if (found := _OURS.fullmatch(name)))
 
     def _generate(self, key_id: str, kind: KeyKind, purpose: KeyPurpose) -> SigningKey:
         path = self._path(key_id, purpose)
@@ -115,14 +115,6 @@ class DiskKeyManager:
         if not isinstance(private, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
             raise KeyStoreError(f"{path} holds a key of another kind")
         return SigningKey(key_id, purpose, _checked(private, path))
-
-
-def _is_key_id(name: str) -> bool:
-    try:
-        check_key_id(name)
-    except KeyStoreError:
-        return False
-    return True
 
 
 def _checked(private: PrivateKey, path: Path) -> PrivateKey:
