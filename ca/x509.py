@@ -20,7 +20,7 @@ from ca.keys.protocol import KeyPurpose, PrivateKey, SigningKey
 from spiffe_core.authority import X509Authority
 from spiffe_core.entry import MAX_DNS_NAMES, check_dns_name
 from spiffe_core.errors import InternalError, MalformedError, NotReadyError
-from spiffe_core.keys import check_certificate_size, key_of_spki
+from spiffe_core.keys import check_certificate_size, key_identifier_of, key_of_spki
 from spiffe_core.lifetime import Validity
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
 from spiffe_core.x509svid import X509Svid
@@ -263,7 +263,7 @@ def leaf_of(prepared: PreparedX509) -> Leaf:
             *(x509.DNSName(name) for name in prepared.dns_names),
         ]
     )
-    key_id = x509.SubjectKeyIdentifier.from_public_key(public)
+    key_id = x509.SubjectKeyIdentifier(key_identifier_of(prepared.public_key, public))
     return Leaf(
         subject,
         public,
@@ -299,8 +299,7 @@ def compared(der: bytes, prepared: PreparedX509, leaf: Leaf) -> X509Svid:
     try:
         check_certificate_size(der)
         parsed = x509.load_der_x509_certificate(der)
-        extensions = parsed.extensions
-        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        extensions = list(parsed.extensions)
         same = (
             parsed.version is x509.Version.v3
             and type(parsed.signature_hash_algorithm) is type(signature_hash(leaf.signer))
@@ -310,10 +309,10 @@ def compared(der: bytes, prepared: PreparedX509, leaf: Leaf) -> X509Svid:
             and parsed.not_valid_after_utc == prepared.validity.not_after
             and parsed.subject == leaf.subject
             and parsed.public_key() == leaf.public
-            and list(extensions) == leaf.extensions
-            # The name once more, from what was prepared and not from what was built.
-            and names.get_values_for_type(x509.UniformResourceIdentifier)
-            == [prepared.spiffe_id.uri]
+            and extensions == leaf.extensions
+            # The names once more, from what was prepared and not from what was built.
+            and [one.value for one in extensions[-2].value]  # type: ignore[attr-defined]
+            == [prepared.spiffe_id.uri, *prepared.dns_names]
         )
     except Exception as error:  # whatever it is that cannot be read, it does not leave
         raise LintError("what was signed cannot be read back; it was thrown away") from error

@@ -5,6 +5,7 @@ Source: SEC-14 (size before parsing), SEC-15, IOP-07, SPIRE API 5.6 (authority I
 """
 
 import enum
+import hashlib
 from typing import Final
 
 from cryptography import x509
@@ -171,6 +172,18 @@ def spki_of(key: PublicKeyTypes) -> bytes:
     return key.public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
+
+
+def key_identifier_of(spki: bytes, key: PublicKeyTypes) -> bytes:
+    """
+    Return SHA-1 of the key bits (RFC 5280 4.2.1.2, method 1); *key* is what *spki* says.
+
+    An EC key's bits stand at the end of *spki*; the library would encode the key for them.
+    """
+    named = NAMED.get(key.curve.name) if isinstance(key, ec.EllipticCurvePublicKey) else None
+    if named is not None and spki.startswith(named):
+        return hashlib.sha1(spki[len(named) - 1 :], usedforsecurity=False).digest()
+    return x509.SubjectKeyIdentifier.from_public_key(key).digest  # type: ignore[arg-type]
 
 
 def subject_key_id_of(certificate: x509.Certificate, key: PublicKeyTypes) -> str:

@@ -17,6 +17,7 @@ from spiffe_core.keys import (
     KeyRefusedError,
     check_certificate_size,
     check_public_key,
+    key_identifier_of,
     key_of_spki,
     spki_of,
     subject_key_id_of,
@@ -190,6 +191,14 @@ def test_any_bytes_are_a_key_or_our_error(data: bytes | tuple[str, int, int]) ->
     except SpiffeError:
         return
     assert check_public_key(key) is key
+
+
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_key_identifiers(kind: str) -> None:
+    """The identifier of each kind of key is the one that the library computes."""
+    key = a_key(kind).public_key()
+    expected = x509.SubjectKeyIdentifier.from_public_key(key).digest
+    assert key_identifier_of(spki_of(key), key) == expected
 
 
 def test_subject_key_ids() -> None:
