@@ -96,11 +96,6 @@ async def _run(arguments: argparse.Namespace, program: str, umask: int) -> int:
 
 def _announce(dev: DevDomain, style: str) -> None:
     """Print how to use the domain from another terminal, where nothing of ours is set up."""
-    create = (
-        f"{_program('issuer')} entry create --socket {dev.admin_socket} --spiffe-id "
-        f"spiffe://{dev.trust_domain}/me --parent-id {dev.agent_id} "
-        '--selector "unix:uid:$(id -u)"'
-    )
     facts = {
         "trust_domain": dev.trust_domain.name,
         "agent_id": dev.agent_id.uri,
@@ -108,10 +103,13 @@ def _announce(dev: DevDomain, style: str) -> None:
         "admin_socket": str(dev.admin_socket),
         "agent_admin_socket": str(dev.agent_admin_socket),
     }
+    variables = " ".join(f"{name}={shlex.quote(one)}" for name, one in dev.environment.items())
+    path, issuer, agent = _programs()
     lines = [
-        f"export SPIFFE_ENDPOINT_SOCKET={dev.endpoint}",
-        create,
-        f"{_program('issuer-agent')} fetch x509",
+        f"export {path}{variables}",
+        f"{issuer} entry create --spiffe-id spiffe://{dev.trust_domain}/me --parent-id "
+        f"{dev.agent_id} --selector unix:uid:$(id -u)",
+        f"{agent} fetch x509",
     ]
     show(facts, style, "\n".join(lines))
     sys.stdout.flush()
@@ -233,10 +231,20 @@ async def _register(dev: DevDomain, executable: Executable | None) -> None:
     raise CommandError("the command's identity did not arrive at the agent in 5 s")
 
 
-def _program(name: str) -> str:
-    """How to call one of our commands from a terminal where nothing of ours is set up."""
-    beside = Path(sys.executable).with_name(name)
-    if beside.exists():
-        return shlex.quote(str(beside))
-    module = {"issuer": "issuer", "issuer-agent": "workload_api.agent"}[name]
-    return f"{shlex.quote(sys.executable)} -m {module}"
+def _programs() -> tuple[str, str, str]:
+    """
+    How to call our programs from a terminal where nothing of ours is set up.
+
+    First what to put before the variables; behind the rest of the PATH, since the folder of
+    a virtual environment has a `python` too.
+    """
+    folder = Path(sys.executable).parent
+    if not all((folder / name).exists() for name in ("issuer", "issuer-agent")):
+        python = shlex.quote(sys.executable)
+        return "", f"{python} -m issuer", f"{python} -m workload_api.agent"
+    path = (
+        f'PATH="$PATH":{shlex.quote(str(folder))} '
+        if str(folder) not in os.defpath.split(":")
+        else ""
+    )
+    return path, "issuer", "issuer-agent"

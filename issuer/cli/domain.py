@@ -80,9 +80,9 @@ class DevDomain:
     def environment(self) -> Mapping[str, str]:
         """What a program needs to use the domain, and our commands to ask it."""
         return {
-            ENVIRONMENT_VARIABLE: self.endpoint,
             "SPIFFE_ISSUER_SOCKET": str(self.admin_socket),
             "SPIFFE_ISSUER_AGENT_SOCKET": str(self.agent_admin_socket),
+            ENVIRONMENT_VARIABLE: self.endpoint,
         }
 
     def last_words(self) -> str:

@@ -206,13 +206,17 @@ async def test_the_three_lines(files: dict[str, str]) -> None:
         pasted = await ran("env", "-i", "bash", "-c", "\n".join(dev.first_lines), cwd=Path("/"))
         assert pasted.code == DONE, pasted.err
         assert "\nspiffe://example.org/me\n" in pasted.out
+        more = [dev.first_lines[0], "issuer-agent status", "issuer explain --pid $$"]
+        after = await ran("env", "-i", "bash", "-c", "\n".join(more), cwd=Path("/"))
+        assert "x509 svids      1" in after.out, "the line is enough for every other command"
+        assert "gets    spiffe://example.org/me" in after.out
         agent = dev.agent
         dev.signal(signal.SIGINT)
         ended = await dev.end()
         assert ended.code == DONE
         assert not agent.is_running()
-    assert dev.first_lines[0].startswith("export SPIFFE_ENDPOINT_SOCKET=unix:///")
-    nothing_is_left(dev.first_lines[0].partition("=")[2])
+    assert dev.first_lines[0].startswith("export ")
+    nothing_is_left(dev.first_lines[0].partition("SPIFFE_ENDPOINT_SOCKET=")[2])
     assert "Ctrl-C stops it" in ended.err
 
 

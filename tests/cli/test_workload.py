@@ -74,7 +74,7 @@ async def test_fetch_x509(programs: Programs) -> None:
     lines = text.out.splitlines()
     assert lines[0] == "spiffe://example.org/web"
     assert "(in " in lines[2]
-    assert "  hint     internal" in lines
+    assert "  hint      internal" in lines
     assert lines[-1] == "trusts example.org"
     as_json = await programs.agent("fetch", "x509", "-o", "json")
     svids = as_json.json["svids"]
@@ -109,7 +109,7 @@ async def test_sec_11_what_is_written(programs: Programs, tmp_path: Path) -> Non
         openssl_key_fits(key, svid)
 
     bundles = await programs.agent("fetch", "bundles", "--write", tmp_path / "b")
-    assert bundles.out == f"wrote bundle.example.org.pem to {tmp_path}/b\n"
+    assert bundles.out == f"wrote 1 files to {tmp_path}/b\n"
     same = (tmp_path / "b" / "bundle.example.org.pem").read_text()
     assert same == (folder / "bundle.example.org.pem").read_text()
     refused = await programs.agent("fetch", "x509", "--write", elsewhere / "x")

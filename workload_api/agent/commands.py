@@ -361,10 +361,10 @@ def _x509_text(context: X509Context) -> str:
     for one in context.identities:
         ends = one.svid.validity.not_after
         lines.append(one.svid.spiffe_id.uri)
-        lines.append(f"  serial   {one.svid.serial_number:x}")
-        lines.append(f"  expires  {ends.isoformat()} ({relative(int(ends.timestamp()))})")
+        lines.append(f"  serial    {one.svid.serial_number:x}")
+        lines.append(f"  not after {ends.isoformat()} ({relative(int(ends.timestamp()))})")
         if one.hint:
-            lines.append(f"  hint     {one.hint}")
+            lines.append(f"  hint      {one.hint}")
     lines.append("trusts " + ", ".join(sorted(name.name for name in context.bundles)))
     return "\n".join(lines)
 
@@ -397,5 +397,5 @@ def _write(arguments: argparse.Namespace, files: dict[str, tuple[str, int]]) -> 
     except OSError as error:
         raise CommandError(f"cannot write to {folder}: {error.strerror}") from error
     written = [str(folder / name) for name in files]
-    show({"written": written}, arguments.output, f"wrote {', '.join(files)} to {folder}")
+    show({"written": written}, arguments.output, f"wrote {len(files)} files to {folder}")
     return DONE
