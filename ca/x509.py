@@ -311,7 +311,7 @@ def compared(der: bytes, prepared: PreparedX509, leaf: Leaf) -> X509Svid:
             and parsed.public_key() == leaf.public
             and extensions == leaf.extensions
             # The names once more, from what was prepared and not from what was built.
-            and [one.value for one in extensions[-2].value]  # type: ignore[attr-defined]
+            and [one.value for one in extensions[-2].value]
             == [prepared.spiffe_id.uri, *prepared.dns_names]
         )
     except Exception as error:  # whatever it is that cannot be read, it does not leave
