@@ -285,7 +285,9 @@ def own_options(one: argparse.ArgumentParser) -> list[argparse.Action]:
     return [
         action
         for action in one._actions
-        if action.dest != "help" and not EVERYWHERE.keys() & set(action.option_strings)
+        if action.help != argparse.SUPPRESS
+        and action.dest != "help"
+        and not EVERYWHERE.keys() & set(action.option_strings)
     ]
 
 

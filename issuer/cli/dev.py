@@ -26,7 +26,7 @@ from spiffe_core.entry import RegistrationEntry
 from spiffe_core.errors import AlreadyExistsError
 from spiffe_core.selector import Selector
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
-from spiffe_wire.commandline import DONE, REFUSED, CommandError, explained, say, show
+from spiffe_wire.commandline import DONE, REFUSED, USAGE, CommandError, explained, say, show
 from spiffe_wire.convert.entry import selectors_from_wire, selectors_to_wire
 from spiffe_wire.pb.spiffe_issuer.v1 import (
     agentadmin_pb2,
@@ -49,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run a trust domain in the foreground, or for as long as a command runs."""
     with explained("--trust-domain"):
         TrustDomain(arguments.trust_domain)
+    if arguments.words:
+        given = shlex.join(arguments.words)
+        raise CommandError(f"put -- before the command: issuer dev -- {given}", USAGE)
     command = arguments.command_line
     program = _program_of(command[0]) if command else ""
     umask = os.umask(0o077)
@@ -242,9 +245,6 @@ def _programs() -> tuple[str, str, str]:
     if not all((folder / name).exists() for name in ("issuer", "issuer-agent")):
         python = shlex.quote(sys.executable)
         return "", f"{python} -m issuer", f"{python} -m workload_api.agent"
-    path = (
-        f'PATH="$PATH":{shlex.quote(str(folder))} '
-        if str(folder) not in os.defpath.split(":")
-        else ""
-    )
-    return path, "issuer", "issuer-agent"
+    if str(folder) in os.defpath.split(":"):
+        return "", "issuer", "issuer-agent"
+    return f'PATH="$PATH":{shlex.quote(str(folder))} ', "issuer", "issuer-agent"

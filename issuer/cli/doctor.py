@@ -7,7 +7,7 @@ import shutil
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,21 +147,30 @@ def _port(settings: ServerSettings) -> Finding:
     return Finding("port", GOOD, f"{settings.bind_address}:{settings.bind_port} is free")
 
 
-def _answer(what: str, path: str, ask: Callable[[Any], Any]) -> Finding:
+def _answer(what: str, path: str, ask: Callable[[Any], Awaitable[Finding]]) -> Finding:
     try:
-        return Finding(what, GOOD, str(call(path, ask, what)))
+        return call(path, ask, what)
     except CommandError as error:
         return Finding(what, WARN, f"{path}: no answer", str(error))
 
 
-async def _ask_server(channel: Any) -> str:
-    return "serving" if await serving(channel) else "not ready: its /ready page says why"
+async def _ask_server(channel: Any) -> Finding:
+    if await serving(channel):
+        return Finding("server", GOOD, "serving")
+    return Finding("server", BAD, "not ready", "its /ready page says why")
 
 
-async def _ask_agent(channel: Any) -> str:
+async def _ask_agent(channel: Any) -> Finding:
     stub = agentadmin_pb2_grpc.AgentAdminStub(channel)
     status = await stub.GetStatus(agentadmin_pb2.GetStatusRequest())
-    return (
+    if not status.ready:
+        return Finding("agent", BAD, status.problem or "starting", "see its log")
+    if not status.connected:
+        seen = f"serves what it has; its server does not answer: {status.problem}"
+        return Finding("agent", WARN, seen, "see the server's log, and the way between them")
+    return Finding(
+        "agent",
+        GOOD,
         f"{status.entries} entries, {status.x509_svids} SVIDs, sync {status.sync_mode}, "
-        f"callers by {status.peer_proof}" + (f"; {status.problem}" if status.problem else "")
+        f"callers by {status.peer_proof}",
     )

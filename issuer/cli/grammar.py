@@ -144,6 +144,8 @@ def _dev(one: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     one.add_argument("--verbose", action="store_true", help="show the log of server and agent")
     output_option(one)
+    # A command without its `--`, to be told so.
+    one.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 
 def _server(one: argparse.ArgumentParser) -> None:

@@ -192,6 +192,7 @@ def test_a_value_that_cannot_be(change: tuple[str, str], why: str, run: Run) -> 
         (("db", "backup", "-c", "x"), "FILE"),
         (("config",), "COMMAND"),
         (("dev", "--trust-domain", "UPPER"), "--trust-domain: "),
+        (("dev", "python", "-c", "a b"), "issuer dev -- python -c 'a b'"),
         (("completion", "fish"), "invalid choice"),
     ],
     ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",

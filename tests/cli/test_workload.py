@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import stat
 import sys
 from collections.abc import AsyncIterator
@@ -203,6 +204,28 @@ async def test_one_without_identity() -> None:
             assert (await update_of(watcher))["svids"][0]["spiffe_id"].endswith("/late")
             empty.agent.process.kill()
             assert await asyncio.wait_for(watcher.wait(), 15) == UNREACHABLE
+
+
+async def test_an_agent_that_is_not_ready() -> None:
+    """It answers, so it is not unreachable: the code is 1, with what it lacks."""
+    async with a_stack() as alone:
+        alone.server.process.kill()
+        alone.agent.process.stop()
+        shutil.rmtree(alone.folder / "agent")  # what it could serve from
+        await alone.agent.start(connected=False)
+        programs = Programs.of(alone)
+        health = await programs.agent("healthcheck", "-o", "json")
+        assert (health.code, health.json) == (REFUSED, {"healthy": False})
+        assert "`issuer-agent status` says why" in health.err
+        fetched = await programs.agent("fetch", "x509")
+        assert fetched.code == REFUSED
+        assert fetched.err == "the agent has not heard from its server yet\n"
+        explained = await programs.issuer("explain", "--pid", str(os.getpid()))
+        assert explained.code == REFUSED
+        assert "the agent has not heard from its server yet" in explained.out
+        doctor = await programs.issuer("doctor", "-o", "json")
+        found = {one["what"]: one["verdict"] for one in doctor.json["findings"]}
+        assert (doctor.code, found["server"], found["agent"]) == (REFUSED, "warn", "bad")
 
 
 async def test_the_endpoint(stack: Stack) -> None:
