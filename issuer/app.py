@@ -11,11 +11,12 @@ import logging
 import os
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -117,6 +118,7 @@ class Server:
     metrics: ServerMetrics
     entries: EntryService
     agents: AgentService
+    refusals: RefusalLog
     port: int = 0
     status_port: int = 0
     ready: bool = False
@@ -179,15 +181,17 @@ async def serve(
         api = _api(settings, store, hub, rotator, clock, metrics, lambda: running[0].is_ready())
         own = OwnSvid(api.svids, hub, clock, trust_domain.server_id, settings.svids.agent_ttl)
         await own.renew()
-        server = Server(settings, store, rotator, hub, own, metrics, api.entries, api.agents)
-        running.append(server)
         refusals = api.callers.refusals
-        loops = {
-            "rotate": rotator.run(),
-            "fold": hub.run(),
-            "own-svid": own.run(),
-            "refusals": refusals.run(),
-            "prune": _prune(store, api.agents, clock),
+        server = Server(
+            settings, store, rotator, hub, own, metrics, api.entries, api.agents, refusals
+        )
+        running.append(server)
+        loops: dict[str, Callable[[], Awaitable[None]]] = {
+            "rotate": rotator.run,
+            "fold": hub.run,
+            "own-svid": own.run,
+            "refusals": refusals.run,
+            "prune": partial(_prune, store, api.agents, clock),
         }
         await stack.enter_async_context(_background(server, loops, die))
         await _open_doors(stack, server, api)
@@ -313,7 +317,7 @@ def _status(server: Server) -> StatusServer:
 @asynccontextmanager
 async def _background(
     server: Server,
-    loops: Mapping[str, Coroutine[Any, Any, None]],
+    loops: Mapping[str, Callable[[], Awaitable[None]]],
     die: Callable[[int], object],
 ) -> AsyncIterator[None]:
     tasks = [
@@ -330,7 +334,7 @@ async def _background(
 
 async def _watched(
     name: str,
-    loop: Coroutine[Any, Any, None],
+    loop: Callable[[], Awaitable[None]],
     server: Server,
     die: Callable[[int], object],
 ) -> None:
@@ -342,7 +346,7 @@ async def _watched(
     durable.
     """
     try:
-        await loop
+        await loop()
     except Exception as error:  # noqa: BLE001 whatever it is, the loop is over
         server.ready = False
         event(_log, logging.CRITICAL, "background_failed", loop=name, exc_info=error)
