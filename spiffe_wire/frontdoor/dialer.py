@@ -1,9 +1,10 @@
 """
 The agent's way out: a grpcio channel whose server is proved by SPIFFE ID before a byte.
 
-Source: transport (agent as client), T-10, SEC-57.  grpcio's own TLS wants a host name and
-can't compare a SPIFFE ID, so it dials a private Unix socket; for each of its connections we
-dial the server, verify the chain, and only then join the two.
+Source: transport (agent as client), T-10, SEC-57, SEC-107.  grpcio's own TLS wants a host
+name and can't compare a SPIFFE ID, so it dials a private Unix socket; for each of its
+connections we dial the server, verify the chain, and only then join the two.  grpcio dials
+again and again by itself; how often a server that is away is dialled is decided here.
 """
 
 import asyncio
@@ -13,17 +14,22 @@ import shutil
 import ssl
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Self
 
 import grpc
 
 from spiffe_core.errors import SpiffeError
+from spiffe_wire.backoff import Backoff
 from spiffe_wire.frontdoor.splice import Leg, join
 from spiffe_wire.frontdoor.tls import peer_chain
 
 CONNECT_TIMEOUT = 5.0
 """Seconds for the TCP connection and the handshake together."""
+FIRST_PAUSE: Final = timedelta(milliseconds=200)
+LONGEST_PAUSE: Final = timedelta(seconds=15)
+"""SEC-106 wants agents back in 30 s; grpcio waits 20 s for a connection to be joined."""
 
 # A call that meets a connection which has just ended, by `cut` or by the server's age limit,
 # goes out again on the next one; a server that is away is another matter, for our own
@@ -72,6 +78,8 @@ class Dialer:
         self._runtime_dir = runtime_dir
         self._legs: set[Leg] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        self._not_before = 0.0
         self.problem = ""
         """Why the last connection failed; empty after one that did not."""
 
@@ -87,7 +95,7 @@ class Dialer:
                 ("grpc.use_local_subchannel_pool", 1),
                 ("grpc.service_config", _RETRIES),
                 ("grpc.initial_reconnect_backoff_ms", 200),
-                ("grpc.max_reconnect_backoff_ms", 5000),
+                ("grpc.max_reconnect_backoff_ms", 1000),
                 ("grpc.max_receive_message_length", 4 * 1024 * 1024),
             ],
         )
@@ -122,6 +130,9 @@ class Dialer:
 
     async def _dial(self, near: Leg) -> None:
         loop = asyncio.get_running_loop()
+        await asyncio.sleep(self._not_before - loop.time())
+        if near.closed.done():
+            return  # grpcio gave up on it meanwhile
         far = Leg()
         host, port = self._address
         try:
@@ -135,10 +146,12 @@ class Dialer:
                 raise ssl.SSLError("the server does not speak HTTP/2")
         except (SpiffeError, OSError, TimeoutError) as error:
             self.problem = f"{host}:{port}: {str(error) or type(error).__name__}"
+            self._not_before = loop.time() + self._backoff.next().total_seconds()
             far.close()
             near.close()
             return
         self.problem = ""
+        self._backoff.reset()
         join(near, far)
 
 

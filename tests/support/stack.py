@@ -240,12 +240,16 @@ class ServerCalls:
 
     async def ban(self, agent_id: str) -> None:
         """Ban an agent."""
-        wanted = spiffeid_pb2.SPIFFEID(
-            trust_domain=TRUST_DOMAIN, path=agent_id.removeprefix(f"spiffe://{TRUST_DOMAIN}")
-        )
         async with self.channel() as channel:
             await agent_pb2_grpc.AgentStub(channel).BanAgent(
-                agent_pb2.BanAgentRequest(id=wanted)
+                agent_pb2.BanAgentRequest(id=_id_message(agent_id))
+            )
+
+    async def evict(self, agent_id: str) -> None:
+        """Forget an agent."""
+        async with self.channel() as channel:
+            await agent_pb2_grpc.AgentStub(channel).DeleteAgent(
+                agent_pb2.DeleteAgentRequest(id=_id_message(agent_id))
             )
 
 
@@ -291,6 +295,11 @@ class ServerProcess(ServerCalls):
 
     def _ready_events(self) -> list[dict[str, Any]]:
         return [one for one in self.process.events() if one.get("event") == "server_ready"]
+
+
+def _id_message(spiffe_id: str) -> Any:
+    path = spiffe_id.removeprefix(f"spiffe://{TRUST_DOMAIN}")
+    return spiffeid_pb2.SPIFFEID(trust_domain=TRUST_DOMAIN, path=path)
 
 
 def entry_message(path: str, parent: str, *selectors: str, **fields: Any) -> Any:

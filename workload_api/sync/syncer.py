@@ -87,6 +87,7 @@ class Syncer:
 
     def __post_init__(self) -> None:
         self._dirty = asyncio.Event()
+        self._said = ("", "")
         self._switched = 0
         """How often our connections were cut because we had a new SVID ourselves."""
         self.signer = Signer(self.cache, lambda: self.dialer.channel, self.now, self.key_kind)
@@ -138,7 +139,9 @@ class Syncer:
                     continue  # we cut the connection ourselves: dial with the new SVID
                 self._fail("sync_failed", error)
             self.state.connected = False
-            await asyncio.sleep(backoff.next().total_seconds())
+            pause = backoff.next().total_seconds()
+            # A server that cannot be reached is dialled at the dialer's pace, not at ours too.
+            await asyncio.sleep(min(pause, TICK) if self.dialer.problem else pause)
 
     async def _in_step(self, backoff: Backoff) -> None:
         """Follow the server's stream, or ask again and again when it has none."""
@@ -187,6 +190,9 @@ class Syncer:
         self._synced(change, whole.committed_at_micros)
 
     def _synced(self, change: Change, committed_at_micros: int) -> None:
+        if not self.state.connected:
+            self._said = ("", "")
+            event(_log, logging.INFO, "in_step", mode=self.state.mode)
         if not self.state.connected or change:
             self._dirty.set()
         self.state.connected = True
@@ -242,9 +248,12 @@ class Syncer:
             raise error_of(error) from error
 
     def _fail(self, what: str, error: SpiffeError) -> str:
-        self.state.problem = self.dialer.problem or str(error)
-        event(_log, logging.WARNING, what, why=self.state.problem)
-        return self.state.problem
+        why = self.dialer.problem or str(error)
+        if (what, why) != self._said:  # once for an outage, however long
+            event(_log, logging.WARNING, what, why=why)
+        self._said = what, why
+        self.state.problem = why
+        return why
 
     async def _denied(self, error: AgentDeniedError) -> None:
         """SPIRE API 2.3: a join token can't be used again, so every reason is the end."""
@@ -299,17 +308,14 @@ class Syncer:
 
     async def _new_jwt(self, entry: RegistrationEntry, audience: tuple[str, ...]) -> JwtSvid:
         request = svid_pb2.NewJWTSVIDRequest(entry_id=entry.id, audience=audience)
-        while True:
-            switched = self._switched
-            try:
-                answer = await svid_pb2_grpc.SVIDStub(self.dialer.channel).NewJWTSVID(
-                    request, timeout=CALL_TIMEOUT
-                )
-                break
-            except grpc.aio.AioRpcError as error:
-                if switched == self._switched:
-                    raise error_of(error) from error
-                # We cut the connection ourselves, for a new SVID of our own.
+        if self.dialer.problem and not self.state.connected:
+            raise NotReadyError("the server cannot be reached")  # now, not at the next dialling
+        try:
+            answer = await svid_pb2_grpc.SVIDStub(self.dialer.channel).NewJWTSVID(
+                request, timeout=CALL_TIMEOUT
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
         try:
             svid = JwtSvid.parse_unverified(answer.svid.token)
         except MalformedError as error:
