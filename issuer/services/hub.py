@@ -160,8 +160,10 @@ class Hub:
                 if has_gap:
                     await self.hydrate()
                     has_gap = False
-                async for events in self._store.changes(self.seq):
+                if self.problem:
+                    await self._store.read(lambda repos: repos.events.last())
                     self.problem = ""
+                async for events in self._store.changes(self.seq):
                     await self._fold(events)
             except FeedGapError as error:
                 # Another process took the database back in time, or we slept for a day.
