@@ -116,6 +116,26 @@ def test_sec_15_roca_keys_are_found(seed: int) -> None:
         check_public_key(rsa_public(modulus))
 
 
+# Published with the attack: modulo these the powers of 65537 are few.
+TELLING = (11, 13, 17, 19, 37, 53, 61, 71, 73, 79, 97, 103, 107, 109, 127, 151, 157)
+
+
+@pytest.mark.parametrize("prime", TELLING)
+def test_sec_15_every_prime_of_the_fingerprint_counts(prime: int) -> None:
+    """A modulus that is no power of 65537 modulo one of the 17 primes alone is sound."""
+    powers = {pow(65537, n, prime) for n in range(prime)}
+    other = next(n for n in range(2, prime) if n not in powers)
+    whole = math.prod(TELLING) * 2
+    # 1 modulo 2 and all the others, *other* modulo this one (Chinese remainder theorem).
+    rest = whole // prime
+    number = (1 + rest * ((other - 1) * pow(rest, -1, prime) % prime)) % whole
+    modulus = number + whole * (2**2047 // whole + 1)
+    assert check_public_key(rsa_public(modulus))
+    twin = 1 + whole * (2**2047 // whole + 1)
+    with pytest.raises(KeyRefusedError, match="ROCA"):
+        check_public_key(rsa_public(twin))
+
+
 def test_sec_15_sound_keys_are_no_roca_keys() -> None:
     """Of 400 random moduli none has the fingerprint."""
     rng = random.Random(7)
