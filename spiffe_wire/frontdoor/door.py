@@ -29,6 +29,7 @@ from spiffe_core.x509svid import X509Svid
 from spiffe_wire.frontdoor import kernel
 from spiffe_wire.frontdoor.acceptor import Acceptor
 from spiffe_wire.frontdoor.conduct import Conduct, ConductError
+from spiffe_wire.frontdoor.gate import Gate
 from spiffe_wire.frontdoor.kernel import PeerPolicy
 from spiffe_wire.frontdoor.limits import DoorLimits, Places, Refusals, Turns, address_key
 from spiffe_wire.frontdoor.peer import REGISTRY, Peer, PeerProof, TlsPeer
@@ -45,6 +46,8 @@ _T = TypeVar("_T")
 
 WATCH_INTERVAL: Final = timedelta(seconds=3)  # SEC-37: a removed socket is noticed in 5 s
 _BACKLOG: Final = 1024
+_LAST_WORDS: Final = timedelta(milliseconds=50)
+"""For answers that were given to get through the splice, before it is cut."""
 
 Identify = Callable[[tuple[bytes, ...]], X509Svid]
 """Verifies a presented chain, or raises; called before the peer's first byte is passed on."""
@@ -89,7 +92,8 @@ class FrontDoor:
     ) -> None:
         self._register = register
         self._runtime_dir = runtime_dir
-        self._interceptors = interceptors
+        self._gate = Gate()
+        self._interceptors = [self._gate, *interceptors]
         self.limits = limits or DoorLimits()
         self._options = _options(self.limits, max_message_bytes, max_age)
         self._open: set[_Connection] = set()
@@ -210,8 +214,12 @@ class FrontDoor:
             acceptor.close()
         self._acceptors.clear()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.stop(grace.total_seconds())
+        await self._gate.shut(grace)
+        if self._open:
+            await asyncio.sleep(_LAST_WORDS.total_seconds())
+        # Before grpcio stops: what arrived at it meanwhile would be told CANCELLED.
         await self._cut_all(list(self._open))
+        await self._server.stop(0)
         for descriptor in (self._inner, self._folder):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -313,7 +321,12 @@ class FrontDoor:
             stall=self.limits.stall,
         )
         loop = asyncio.get_running_loop()
-        await loop.connect_accepted_socket(lambda: outer, connection.socket, **tls)
+        try:
+            await loop.connect_accepted_socket(lambda: outer, connection.socket, **tls)
+        except BaseException:
+            # uvloop closes a transport that was not waited for, and tells nobody.
+            outer.transport = None
+            raise
         return outer
 
     async def _splice(self, connection: _Connection, outer: Leg, peer: Peer) -> None:
