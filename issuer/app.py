@@ -46,6 +46,7 @@ from spiffe_core.keys import spki_of
 from spiffe_core.lifetime import renew_at
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
 from spiffe_core.x509svid import X509Svid, verify_x509_svid
+from spiffe_wire.exclusive import held, without_leftovers
 from spiffe_wire.frontdoor.door import FrontDoor
 from spiffe_wire.frontdoor.peer import Peer
 from spiffe_wire.frontdoor.tls import server_context
@@ -159,6 +160,8 @@ async def serve(
     sys.setswitchinterval(0.001)
     trust_domain = TrustDomain(settings.trust_domain)
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(held(settings.data_dir, "data_dir"))
+        stack.enter_context(held(settings.runtime_dir, "runtime_dir"))
         store = await Store.open(settings.database, trust_domain, clock)
         stack.push_async_callback(store.close)
         rotator = Rotator(
@@ -201,6 +204,7 @@ async def serve(
             yield server
         finally:
             server.ready = False
+            hub.stop()
             event(_log, logging.INFO, "server_stopping")
 
 
@@ -253,7 +257,7 @@ def _api(
 async def _open_doors(stack: contextlib.AsyncExitStack, server: Server, api: Api) -> None:
     settings = server.settings
     interceptors = [ErrorInterceptor(server.metrics.on_call), AccessInterceptor(api.callers)]
-    inner = settings.runtime_dir / "inner"
+    inner = without_leftovers(settings.runtime_dir / "inner")
 
     def door(*, local: bool, max_age: timedelta | None = None) -> FrontDoor:
         def cut(peer: Peer) -> None:
@@ -282,8 +286,11 @@ async def _open_doors(stack: contextlib.AsyncExitStack, server: Server, api: Api
     if settings.status.port or settings.bind_port == 0:
         status = await stack.enter_async_context(_status(server))
         server.status_port = status.port
-    stack.push_async_callback(admin.close, STOP_GRACE)
-    stack.push_async_callback(tcp.close, STOP_GRACE)
+
+    async def close() -> None:
+        await asyncio.gather(admin.close(STOP_GRACE), tcp.close(STOP_GRACE))
+
+    stack.push_async_callback(close)
 
 
 def _status(server: Server) -> StatusServer:

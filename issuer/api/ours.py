@@ -47,6 +47,7 @@ class AgentWatchServicer(watch_pb2_grpc.AgentWatchServicer):
             difference = view.start(request.cursor, self.clock.now())
             first = True
             while True:
+                self.hub.check_running()
                 # Said even when nothing changed: the agent then knows that it is up to date.
                 if first or not difference.is_empty:
                     for message in _messages(difference, view.cursor(), committed_at):

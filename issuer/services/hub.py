@@ -86,6 +86,7 @@ class Hub:
         """How many wait for changes."""
         self.problem = ""
         """Why changes are not heard just now; empty when they are."""
+        self._is_stopping = False
         self._store = store
         self._bundles: dict[TrustDomain, HeldBundle] = {}
         self._waiters: dict[SpiffeId, set[Waiter]] = {}
@@ -201,6 +202,21 @@ class Hub:
             waiters.discard(waiter)
             if not waiters and self._waiters.get(agent_id) is waiters:
                 del self._waiters[agent_id]
+
+    def stop(self) -> None:
+        """Have those who wait end their streams (SEC-108)."""
+        self._is_stopping = True
+        self._wake(self._waiters, 0)
+
+    def check_running(self) -> None:
+        """
+        See that nobody begins to wait, or goes on, while the server stops.
+
+        Raises:
+            NotReadyError: it does; there may be another one, or the next.
+        """
+        if self._is_stopping:
+            raise NotReadyError("the server is stopping")
 
     async def _fold(self, found: Sequence[Event]) -> None:
         entry_ids = {one.key for one in found if one.kind is EventKind.ENTRY}

@@ -20,6 +20,7 @@ from spiffe_core.errors import ErrorKind, SpiffeError
 from spiffe_core.spiffeid import TrustDomain
 from spiffe_core.version import VERSION
 from spiffe_wire.backoff import Backoff
+from spiffe_wire.exclusive import held, without_leftovers
 from spiffe_wire.frontdoor.dialer import Dialer
 from spiffe_wire.frontdoor.door import DoorLimits, FrontDoor
 from spiffe_wire.httpstatus import StatusServer
@@ -72,7 +73,7 @@ class Agent:
 
     def problems(self) -> list[str]:
         """What keeps workloads from being served; empty when nothing does."""
-        return [] if self.cache.ready else [self.syncer.state.problem or "starting"]
+        return [] if self.cache.ready else [self.syncer.problem or "starting"]
 
 
 def _now() -> datetime:
@@ -90,6 +91,8 @@ async def serve(settings: AgentSettings, join_token: str = "") -> AsyncIterator[
     os.umask(0o077)
     trust_domain = TrustDomain(settings.trust_domain)
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(held(settings.data_dir, "data_dir"))
+        stack.enter_context(held(settings.runtime_dir, "runtime_dir"))
         storage = AgentStorage(settings.data_dir, settings.runtime_dir)
         cache = WorkloadCache(trust_domain)
         served_before = await asyncio.to_thread(storage.load_cache, cache, _now())
@@ -109,7 +112,7 @@ async def serve(settings: AgentSettings, join_token: str = "") -> AsyncIterator[
                 settings.server.port,
                 context=node.context,
                 check=node.check_server,
-                runtime_dir=settings.runtime_dir / "inner",
+                runtime_dir=without_leftovers(settings.runtime_dir / "inner"),
             )
         )
         syncer = Syncer(
@@ -240,7 +243,7 @@ def _status(agent: Agent) -> StatusServer:
                 "problems": problems,
                 "connected": state.connected,
                 "sync_mode": state.mode,
-                "server_problem": state.problem,
+                "server_problem": agent.syncer.problem,
             }
         )
         return (503 if problems else 200), "application/json", body.encode() + b"\n"
