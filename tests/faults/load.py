@@ -40,8 +40,6 @@ async def answered(call: Awaitable[Any]) -> Any:
         return await call
     except grpc.aio.AioRpcError as error:
         problem: SpiffeError = error_of(error)
-        if error.code() is grpc.StatusCode.CANCELLED:
-            raise NoAnswerError from error
     except SpiffeError as error:
         problem = error
     if problem.kind is ErrorKind.NOT_READY:
