@@ -32,3 +32,10 @@ class DrivenClock:
         self._now += span
         while self._sleeping and self._sleeping[0][0] <= self._now:
             heapq.heappop(self._sleeping)[2].set()
+
+    async def run_on(self, span: timedelta) -> None:
+        """Move on by *span*, and return once everybody who was woken sleeps again."""
+        asleep = len(self._sleeping)
+        self.advance(span)
+        while len(self._sleeping) < asleep:
+            await asyncio.sleep(0.0005)
