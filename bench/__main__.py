@@ -42,6 +42,8 @@ def main() -> int:
         help="put the figures into docs/reference/performance.md",
     )
     arguments = parser.parse_args()
+    if arguments.write and arguments.names:
+        parser.error("--write takes a whole run: name no bench")
     prepare()
     found: dict[str, list[Result]] = {}
     failed = False
