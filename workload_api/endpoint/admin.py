@@ -117,7 +117,7 @@ class AdminServicer(agentadmin_pb2_grpc.AgentAdminServicer, explain_pb2_grpc.Exp
             x509_svids=len(self.cache.svids),
             streams=self.cache.streams,
             peer_proof=self.proof().value,
-            problem=state.problem,
+            problem=self.syncer.problem,
             version=self.version,
         )
         if svid is not None:

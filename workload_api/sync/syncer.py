@@ -93,6 +93,11 @@ class Syncer:
         self.signer = Signer(self.cache, lambda: self.dialer.channel, self.now, self.key_kind)
         self.tokens = TokenCache(self.cache, self._new_jwt, self.now)
 
+    @property
+    def problem(self) -> str:
+        """What is wrong now; empty when nothing is."""
+        return self.state.problem or ("" if self.state.connected else self.dialer.problem)
+
     async def run(self) -> None:
         """
         Stay in step until cancelled.
