@@ -35,6 +35,7 @@ from workload_api.client.client import WorkloadClient
 
 CA, PARTNER = FakeCa(), FakeCa("partner.test")
 KEY = pkcs8_of(a_key("p256", "workload"))
+A_JWT = pb.JWTSVID(spiffe_id="spiffe://example.org/w", svid=a_token())
 
 
 def an_svid(path: str = "/web", hint: str = "", **changes: Any) -> Any:
@@ -151,7 +152,7 @@ def test_wep_11_no_address(monkeypatch: pytest.MonkeyPatch, value: str | None) -
 
 @pytest.mark.parametrize("address", ["/run/a.sock", "http://x", "unix:run/a", "unix://run/a"])
 def test_wep_12_no_such_address(address: str) -> None:
-    """WEP-12, WEP-13: what is no Workload Endpoint address is refused before anything is dialled."""
+    """WEP-12, WEP-13: what is no Workload Endpoint address is refused, and not dialled."""
     with pytest.raises(EndpointError):
         WorkloadClient(address)
 
@@ -174,7 +175,7 @@ async def test_wep_07_the_header_is_on_every_call() -> None:
     keys = [pb.JWTBundlesResponse(bundles={"spiffe://example.org": jwks_of(CA.bundle)})]
     async with an_agent(
         x509_bundles=bundles, jwt_bundles=keys,
-        jwt=pb.JWTSVIDResponse(svids=[{"spiffe_id": "spiffe://example.org/w", "svid": a_token()}]),
+        jwt=pb.JWTSVIDResponse(svids=[A_JWT]),
         validated=pb.ValidateJWTSVIDResponse(spiffe_id="spiffe://example.org/w"),
     ) as (agent, address):  # fmt: skip
         async with WorkloadClient(address) as client:
@@ -258,9 +259,7 @@ async def test_wapi_15_a_message_that_is_not_whole(broken: str) -> None:
 
 async def test_jwt_svids() -> None:
     """WAPI-32, WAPI-33: the tokens, parsed; and an empty answer is none."""
-    answer = pb.JWTSVIDResponse(
-        svids=[{"spiffe_id": "spiffe://example.org/w", "svid": a_token()}]
-    )
+    answer = pb.JWTSVIDResponse(svids=[A_JWT])
     async with an_agent(jwt=answer) as (agent, address):
         async with WorkloadClient(address) as client:
             (svid,) = await client.fetch_jwt(("db",), SpiffeId.parse("spiffe://example.org/w"))
@@ -290,9 +289,8 @@ async def test_validation() -> None:
 async def test_bundles() -> None:
     """WAPI-16, WAPI-22, WAPI-38: each domain's X.509 and JWT authorities, each in its place."""
     x509_bundles = pb.X509BundlesResponse(bundles={"spiffe://example.org": CA.authority.der})
-    jwt_bundles = pb.JWTBundlesResponse(bundles={
-        "spiffe://example.org": jwks_of(CA.bundle), "spiffe://partner.test": jwks_of(PARTNER.bundle)
-    })  # fmt: skip
+    keys = {f"spiffe://{one.trust_domain}": jwks_of(one.bundle) for one in (CA, PARTNER)}
+    jwt_bundles = pb.JWTBundlesResponse(bundles=keys)
     async with an_agent(x509_bundles=[x509_bundles], jwt_bundles=[jwt_bundles]) as (_, address):
         async with WorkloadClient(address) as client:
             bundles = await client.fetch_bundles()
