@@ -116,9 +116,9 @@ def _announce(dev: DevDomain, style: str) -> None:
     ]
     show(facts, style, "\n".join(lines))
     sys.stdout.flush()
+    paste = "paste the three lines into another terminal; " if style == "text" else ""
     print(
-        f"trust domain {dev.trust_domain} runs; paste the three lines into another terminal; "
-        "Ctrl-C stops it",
+        f"trust domain {dev.trust_domain} runs; {paste}Ctrl-C stops it",
         file=sys.stderr,
         flush=True,
     )
