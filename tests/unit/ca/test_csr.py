@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ca.csr import CsrError, MintRequest, mint_request_of, public_key_of
-from ca.x509 import leaf_of
-from spiffe_core.keys import spki_of
+from ca.x509 import leaf_of, sign_x509
+from spiffe_core.keys import KeyKind, spki_of
 from spiffe_core.spiffeid import SpiffeId
 from tests.support import der
 from tests.support.authorities import a_key, key_usage
 from tests.support.ca import Ext, algorithm_of, ext, name, sign, uri_san
 from tests.support.issuing import TD, an_active_x509, prepared
+from workload_api.node.keys import make_csr, make_key
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::cryptography.utils.CryptographyDeprecationWarning"
@@ -331,3 +333,21 @@ def test_mint_refuses_what_issue_refuses(what: str) -> None:
     """SEC-20: what is no request for an agent is none for an operator."""
     with pytest.raises(CsrError):
         mint_request_of(BAD[what][0].der, TD)
+
+
+@pytest.mark.parametrize("kind", [KeyKind.EC_P256, KeyKind.EC_P384, KeyKind.RSA_2048])
+def test_id_30_a_request_holds_no_private_key(kind: KeyKind) -> None:
+    """ID-30: what a node sends to have signed holds nothing of its private key."""
+    made = make_key(kind)
+    private: Any = serialization.load_der_private_key(made, password=None)
+    numbers = private.private_numbers()
+    secrets = [numbers.private_value] if kind is not KeyKind.RSA_2048 else [
+        numbers.d, numbers.p, numbers.q, numbers.dmp1, numbers.dmq1, numbers.iqmp]  # fmt: skip
+    csr = make_csr(made, SpiffeId(TD, "/w"))
+    leaf = sign_x509(prepared(public_key=public_key_of(csr))).svid.leaf
+
+    for secret in secrets:
+        octets = secret.to_bytes((secret.bit_length() + 7) // 8, "big")
+        assert octets in made
+        assert octets not in csr
+        assert octets not in leaf
