@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, create_engine, update
 
 from ca.journal import AuthorityState
+from issuer.store import authorities as authorities_module
+from issuer.store import entries as entries_module
+from issuer.store import events as events_module
 from issuer.store import migrate
-from issuer.store.agents import AgentRepository, TokenRepository
+from issuer.store.agents import AgentRepository, TokenError, TokenRepository
 from issuer.store.authorities import (
     AuthorityRepository,
     BundleRepository,
@@ -540,3 +543,73 @@ def test_sec_103_damaged_others_are_named(repos: Repositories, connection: Conne
         connection.execute(update(authorities).values(**change))
         with pytest.raises(StoredValueError):
             repos.authorities.all()
+
+
+# Tokens, and forgetting
+
+
+def test_sec_50_looking_at_a_token_uses_nothing_up(connection: Connection) -> None:
+    """SEC-50: `check` answers as `consume` would, again and again, and changes nothing."""
+    repos = repositories(connection)
+    repos.tokens.add("t", "secret", NOW + timedelta(minutes=10))
+    for _ in range(3):
+        repos.tokens.check("t", "secret", KEYS[0])
+    for public_id, secret in (("t", "other"), ("u", "secret"), ("t", "")):
+        for use in (repos.tokens.check, repos.tokens.consume):
+            with pytest.raises(TokenError, match="does not exist or has already been used"):
+                use(public_id, secret, KEYS[0])
+    repos.tokens.consume("t", "secret", KEYS[0])
+    later = repositories(connection, NOW + timedelta(seconds=60))
+    later.tokens.check("t", "secret", KEYS[0])
+    for use in (later.tokens.check, later.tokens.consume):
+        with pytest.raises(TokenError, match="already been used"):
+            use("t", "secret", KEYS[1])
+    over = repositories(connection, NOW + timedelta(seconds=61))
+    with pytest.raises(TokenError, match="already been used"):
+        over.tokens.check("t", "secret", KEYS[0])
+    before = repositories(connection, NOW - timedelta(seconds=1))  # a clock that went back
+    with pytest.raises(TokenError, match="already been used"):
+        before.tokens.check("t", "secret", KEYS[0])
+
+
+def test_tokens_are_forgotten_when_nobody_asks(connection: Connection) -> None:
+    """A used token goes after its minute of grace, an unused one a day after it expired."""
+    repos = repositories(connection)
+    for name in ("used", "unused"):
+        repos.tokens.add(name, "secret", NOW + timedelta(minutes=10))
+    repos.tokens.consume("used", "secret", KEYS[0])
+    for after, forgotten in (
+        (timedelta(seconds=60), []),
+        (timedelta(seconds=61), []),  # one that was used leaves no alias to look for
+        (timedelta(days=1, minutes=10), []),
+        (timedelta(days=1, minutes=10, seconds=1), ["unused"]),
+        (timedelta(days=9), []),
+    ):
+        assert repositories(connection, NOW + after).tokens.prune() == forgotten
+    for name in ("used", "unused"):
+        repos.tokens.add(name, "secret", NOW)  # neither is there any more
+
+
+def test_forgetting_goes_in_steps(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much is old, one transaction drops no more than a step of it, oldest first."""
+    for module in (entries_module, events_module, authorities_module):
+        monkeypatch.setattr(module, "PRUNE_ROWS", 3)
+    repos = repositories(connection)
+    for number in range(8):
+        repos.entries.create(an_entry(f"/{number}", id=f"e{number}"))
+        repos.entries.delete(f"e{number}")
+    later = repositories(connection, NOW + timedelta(days=2))
+    before = NOW + timedelta(days=1)
+    assert [later.entries.forget_gone(before) for _ in range(4)] == [3, 3, 2, 0]
+    # One event an entry: created and deleted in one transaction is one change.
+    repos.events.flush()
+    assert later.events.last() - later.events.first() == 7
+    assert [later.events.prune(before) for _ in range(4)] == [3, 3, 1, 0]
+    assert later.events.first() == later.events.last(), "the newest stays"
+    public = KEYS[0]
+    repos.authorities.add_prepared(an_authority(public=public))
+    repos.authorities.activate("first", NOW)
+    repos.issued.record([an_issued(str(number)) for number in range(5)])
+    assert [later.issued.prune(before) for _ in range(3)] == [3, 2, 0]
