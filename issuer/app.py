@@ -61,6 +61,7 @@ STOP_GRACE: Final = timedelta(seconds=5)  # SEC-108: all of it within 10 s
 KEEP_EVENTS: Final = timedelta(hours=24)
 KEEP_ISSUED: Final = timedelta(hours=24)  # after it expired
 KEEP_GONE: Final = timedelta(days=30)  # no cache holds an entry that went so long ago
+HEAL_INTERVAL: Final = timedelta(seconds=2)
 PRUNE_INTERVAL: Final = timedelta(minutes=10)
 
 
@@ -127,7 +128,9 @@ class Server:
     def problems(self) -> list[str]:
         """What keeps this server from being ready; empty when nothing does (SEC-114)."""
         found = [] if self.ready else ["starting or stopping"]
-        found += [one for one in (self.rotator.problem, self.hub.problem) if one]
+        found += [
+            one for one in (self.store.problem, self.rotator.problem, self.hub.problem) if one
+        ]
         if self.own.svid is not None and not self.own.svid.validity.covers(
             self.own.clock.now()
         ):
@@ -195,6 +198,7 @@ async def serve(
             "own-svid": own.run,
             "refusals": refusals.run,
             "prune": partial(_prune, store, api.agents, clock),
+            "heal": partial(_heal, store, clock),
         }
         await stack.enter_async_context(_background(server, loops, die))
         await _open_doors(stack, server, api)
@@ -358,6 +362,15 @@ async def _watched(
         server.ready = False
         event(_log, logging.CRITICAL, "background_failed", loop=name, exc_info=error)
         die(1)
+
+
+async def _heal(store: Store, clock: Clock) -> None:
+    """Find out by ourselves that a full disk has room again (SEC-102, SEC-114)."""
+    while True:
+        await clock.sleep(HEAL_INTERVAL)
+        if store.problem:
+            with contextlib.suppress(SpiffeError):
+                await store.probe()
 
 
 async def _prune(store: Store, agents: AgentService, clock: Clock) -> None:

@@ -104,6 +104,10 @@ class AuthorityRepository:
         if gone.rowcount:
             self._bundle_changed()
 
+    def touch(self) -> None:
+        """Write a row as it is."""
+        self._connection.execute(update(meta).values(refresh_hint=meta.c.refresh_hint))
+
     def bundle(self) -> Bundle:
         """Return our own trust domain's bundle."""
         about = self._connection.execute(select(meta)).one()

@@ -98,6 +98,8 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._waiting: set[asyncio.Event] = set()
         self._broken: StoreBrokenError | None = None
+        self.problem = ""
+        """Why the last change could not be made durable; empty when it was."""
         self._closed = False
         self._writer.start()
 
@@ -151,6 +153,16 @@ class Store:
         except queue.Full:
             raise NotReadyError("the database is behind; try again") from None
         return await asyncio.wrap_future(job.done)
+
+    async def probe(self) -> None:
+        """
+        Write what is there already: does the database take changes again?
+
+        Raises:
+            NotReadyError: it does not.
+            StoreError: the database refused.
+        """
+        await self.write(lambda repos: repos.authorities.touch())
 
     async def changes(self, after: int) -> AsyncIterator[Sequence[Event]]:
         """
@@ -245,6 +257,7 @@ class Store:
             problem.__cause__ = error
         if isinstance(problem, StoreBrokenError):
             self._broken = problem
+        self.problem = "" if problem is None else str(problem)
         for job in group:
             # Nothing was committed, so nothing is acknowledged (SEC-101); who was refused
             # for a reason of their own is told that one.

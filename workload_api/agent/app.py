@@ -70,9 +70,12 @@ class Agent:
     metrics: AgentMetrics
     ended: "asyncio.Task[None]"
     status_port: int = 0
+    is_stopping: bool = False
 
     def problems(self) -> list[str]:
-        """What keeps workloads from being served; empty when nothing does."""
+        """What keeps workloads from being served; empty when nothing does (SEC-114)."""
+        if self.is_stopping:
+            return ["stopping"]
         return [] if self.cache.ready else [self.syncer.problem or "starting"]
 
 
@@ -181,7 +184,7 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
             WhoAmIServicer(cache, attestation, _now), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(
-            AgentHealthServicer(lambda: cache.ready), server
+            AgentHealthServicer(lambda: not agent.problems()), server
         )
         reflection.register(server)
 
@@ -202,7 +205,7 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
         agentadmin_pb2_grpc.add_AgentAdminServicer_to_server(servicer, server)
         explain_pb2_grpc.add_ExplainServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(
-            AgentHealthServicer(lambda: cache.ready), server
+            AgentHealthServicer(lambda: not agent.problems()), server
         )
 
     admin = await stack.enter_async_context(
@@ -224,6 +227,7 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
         agent.status_port = status.port
 
     async def stop() -> None:
+        agent.is_stopping = True
         workload.stop()
         await asyncio.sleep(0.05)
         await public.close(STOP_GRACE)
