@@ -10,6 +10,7 @@ again and again by itself; how often a server that is away is dialled is decided
 import asyncio
 import contextlib
 import json
+import logging
 import shutil
 import ssl
 import tempfile
@@ -22,8 +23,11 @@ import grpc
 
 from spiffe_core.errors import SpiffeError
 from spiffe_wire.backoff import Backoff
-from spiffe_wire.frontdoor.splice import Leg, join
+from spiffe_wire.frontdoor.splice import LINGER_SECONDS, Leg, join, notice_dead_peer
 from spiffe_wire.frontdoor.tls import peer_chain
+from spiffe_wire.logs import event
+
+_log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 5.0
 """Seconds for the TCP connection and the handshake together."""
@@ -137,14 +141,21 @@ class Dialer:
         host, port = self._address
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                transport, _ = await loop.create_connection(
-                    lambda: far, host, port, ssl=self._context(), server_hostname=_sni(host)
+                await loop.create_connection(
+                    lambda: far,
+                    host,
+                    port,
+                    ssl=self._context(),
+                    server_hostname=_sni(host),
+                    ssl_shutdown_timeout=LINGER_SECONDS,
                 )
-            tls = transport.get_extra_info("ssl_object")
-            self._check(peer_chain(tls))
-            if tls.selected_alpn_protocol() != "h2":
+            notice_dead_peer(far.socket)
+            self._check(peer_chain(far.ssl_object))
+            if far.ssl_object.selected_alpn_protocol() != "h2":
                 raise ssl.SSLError("the server does not speak HTTP/2")
-        except (SpiffeError, OSError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 whatever it was, nothing may be sent
+            if not isinstance(error, SpiffeError | OSError):
+                event(_log, logging.ERROR, "dial_failed", exc_info=error)
             self.problem = f"{host}:{port}: {str(error) or type(error).__name__}"
             self._not_before = loop.time() + self._backoff.next().total_seconds()
             far.close()

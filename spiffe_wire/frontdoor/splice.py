@@ -101,6 +101,11 @@ class Leg(asyncio.Protocol):
             self.closed.set_result(None)
 
     @property
+    def socket(self) -> Any:
+        """The socket below."""
+        return None if self.transport is None else self.transport.get_extra_info("socket")
+
+    @property
     def ssl_object(self) -> Any:
         """The TLS connection, once its handshake is done."""
         return None if self.transport is None else self.transport.get_extra_info("ssl_object")

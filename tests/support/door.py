@@ -129,6 +129,7 @@ class Door:
     echo: Echo
     folder: Path
     path: Path
+    host: str = "127.0.0.1"
     port: int = 0
     pki: "Pki | None" = None
     start: "Traces | None" = None
@@ -141,7 +142,7 @@ class Door:
                 yield connection
         else:
             assert self.pki is not None
-            async with raw_tls("127.0.0.1", self.port, self.pki.client()) as connection:
+            async with raw_tls(self.host, self.port, self.pki.client()) as connection:
                 yield connection
 
     @asynccontextmanager
@@ -153,7 +154,7 @@ class Door:
                 yield channel
         else:
             assert self.pki is not None
-            async with self.pki.dialer(self.port, self.folder) as dialer:
+            async with self.pki.dialer(self.port, self.folder, host=self.host) as dialer:
                 yield dialer.channel
 
     async def neighbour(self) -> None:
@@ -225,9 +226,9 @@ async def a_door(kind: str = "unix", **changes: Any) -> AsyncIterator[Door]:
             if kind == "unix":
                 await door.listen_unix(made.path, **{"mode": 0o600, **listen})
             else:
-                made.pki = Pki()
+                made.pki, made.host = Pki(), listen.get("host", made.host)
                 made.port = await door.listen_tls(
-                    listen.get("host", "127.0.0.1"),
+                    made.host,
                     0,
                     context=lambda: made.pki.server(),
                     identify=lambda chain: made.pki.identify(chain),
