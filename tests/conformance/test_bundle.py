@@ -402,7 +402,8 @@ def test_a_sequence_does_not_begin_below_zero() -> None:
         (0, 0),
         (-1, 0),
         (-(2**63), 0),
-        (MAX_HINT_SECONDS, MAX_HINT_SECONDS),
+        (30 * 24 * 3600, 2_592_000),
+        (30 * 24 * 3600 + 1, 2_592_000),
         (2**63 - 1, MAX_HINT_SECONDS),
         (2**64 - 1, MAX_HINT_SECONDS),
     ],
@@ -480,6 +481,12 @@ SKIPPED: dict[str, tuple[Any, str]] = {
     "jwt with an Ed25519 key": (
         {"use": "jwt-svid", "kid": "e", **members_of(a_key("ed25519").public_key())},
         "no algorithm of JWT-SVIDs"),
+    "alg of another curve": (jwt_entry(alg="ES384"), "alg does not fit"),
+    "alg of another family": (jwt_entry(alg="HS256"), "alg does not fit"),
+    "alg that is no text": (jwt_entry(alg=["ES256"]), "alg does not fit"),
+    "key_ops without verify": (jwt_entry(key_ops=["encrypt"]), "key_ops"),
+    "key_ops of nothing": (jwt_entry(key_ops=[]), "key_ops"),
+    "key_ops that is text": (jwt_entry(key_ops="verify"), "key_ops"),
     "a leaf": (ca_entry(ca=False, usage=key_usage("digital_signature")), "cA TRUE"),
     "a CA without keyCertSign": (ca_entry(usage=key_usage("crl_sign")), "keyCertSign"),
     "an SVID's path": (ca_entry(uris=("spiffe://example.org/w",)), "has no path"),
@@ -499,6 +506,14 @@ def test_entries_that_are_skipped(name: str) -> None:
         assert keys[skipped.position] == bad
         assert not skipped.private
         assert re.search(reason, skipped.reason)
+
+
+@pytest.mark.parametrize("more", [{"alg": "ES256"}, {"key_ops": ["verify"]}, {"z": 1}])
+def test_entries_with_more_members_than_needed(more: dict[str, Any]) -> None:
+    """BUNDLE-18: members that we would not write are no reason to skip a foreign entry."""
+    bundle = bundle_from_document(TD, document(jwt_entry(**more), x509_entry(**more)))
+    assert bundle.jwt_authorities == (GOOD_JWT,)
+    assert bundle.x509_authorities == (GOOD_X509,)
 
 
 @pytest.mark.parametrize("member", PRIVATE)

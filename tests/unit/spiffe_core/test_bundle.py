@@ -106,6 +106,13 @@ def test_sec_11_a_set_keeps_bundles_under_their_own_names() -> None:
         BundleSet({TD: a_bundle(PARTNER)})
 
 
+def test_a_bundle_begins_with_nothing() -> None:
+    """BUNDLE-16: a bundle of nothing trusts nothing, and has the sequence number 0."""
+    empty = Bundle(TD)
+    assert (empty.x509_authorities, empty.jwt_authorities) == ((), ())
+    assert (empty.sequence_number, empty.refresh_hint) == (0, None)
+
+
 def test_a_set_is_a_mapping() -> None:
     """A set has its members, no others, and the last bundle of a trust domain."""
     newer = a_bundle(sequence_number=8)
