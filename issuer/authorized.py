@@ -54,7 +54,6 @@ class AuthorizedIndex:
         self._agents_by_selector: dict[Selector, set[SpiffeId]] = {}
         self._agents_by_key: dict[bytes, SpiffeId] = {}
         self._views: dict[SpiffeId, AgentView] = {}
-        self._versions: Counter[SpiffeId] = Counter()
 
     # Changes
 
@@ -143,10 +142,6 @@ class AuthorizedIndex:
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    def version_of(self, agent_id: SpiffeId) -> int:
-        """A number that grows with every event that concerns the agent."""
-        return self._versions[agent_id]
 
     def view_of(self, agent_id: SpiffeId, at: datetime) -> AgentView:
         """
@@ -294,7 +289,6 @@ class AuthorizedIndex:
 
     def _changed(self, concerned: set[SpiffeId]) -> set[SpiffeId]:
         for agent_id in concerned:
-            self._versions[agent_id] += 1
             self._views.pop(agent_id, None)
         return concerned
 

@@ -12,8 +12,15 @@ from issuer.api.answers import mask_of, selector_match, to_wire
 from issuer.api.callers import caller
 from issuer.services.agents import AgentFilter, AgentService
 from issuer.services.ratelimit import RateLimit
+from issuer.services.refusals import RefusalLog
 from spiffe_core.agent import AttestedAgent
-from spiffe_core.errors import DeadlineError, MalformedError, NotReadyError
+from spiffe_core.errors import (
+    DeadlineError,
+    ForbiddenError,
+    MalformedError,
+    NotReadyError,
+    PreconditionError,
+)
 from spiffe_core.spiffeid import SpiffeId
 from spiffe_core.x509svid import X509Svid
 from spiffe_wire.convert.entry import (
@@ -67,6 +74,7 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
     """Thin: parse, ask the service, answer."""
 
     service: AgentService
+    refusals: RefusalLog
     attest_limit: RateLimit
     csr_limit: RateLimit
     status_limit: RateLimit
@@ -110,10 +118,11 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
     async def AttestAgent(
         self, requests: AsyncIterator[Any], context: Any
     ) -> AsyncIterator[Any]:
-        await self.attest_limit.take(network_of(caller().address))
+        address = network_of(caller().address)
+        await self.attest_limit.take(address)
         # Challenges to send, then None: the attestation is over, well or not.
         challenges: asyncio.Queue[Any] = asyncio.Queue()
-        attesting = asyncio.create_task(self._attest(aiter(requests), challenges))
+        attesting = asyncio.create_task(self._attest(address, aiter(requests), challenges))
         attesting.add_done_callback(lambda _: challenges.put_nowait(None))
         try:
             while (challenge := await challenges.get()) is not None:
@@ -124,7 +133,7 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
             await asyncio.gather(attesting, return_exceptions=True)
 
     async def _attest(
-        self, requests: AsyncIterator[Any], challenges: asyncio.Queue[Any]
+        self, address: str, requests: AsyncIterator[Any], challenges: asyncio.Queue[Any]
     ) -> Any:
         async def challenge(data: bytes) -> bytes:
             await challenges.put(data)
@@ -143,6 +152,9 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
                 signed, node = await self.service.attest(
                     data.type, data.payload, csr, challenge
                 )
+        except (MalformedError, ForbiddenError, PreconditionError) as error:
+            await self.refusals.note(address, "", str(error), action="agent.attest")
+            raise
         except TimeoutError:
             raise DeadlineError("attestation took too long") from None
         return agent_pb2.AttestAgentResponse(

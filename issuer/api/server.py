@@ -55,7 +55,9 @@ class Api:
         """
         seen = _Noting(server)
         limits = self.limits
-        agent = AgentServicer(self.agents, limits.attest, limits.csr, limits.status)
+        agent = AgentServicer(
+            self.agents, self.callers.refusals, limits.attest, limits.csr, limits.status
+        )
         entry = EntryServicer(self.entries, self.hub, self.callers, self.clock)
         svid = SvidServicer(self.svids, limits.csr, limits.jsr)
         trust_domain, authority = later.servicers()

@@ -1,13 +1,14 @@
 """
-Refused calls on record (SEC-91), without a caller being able to fill the record with them.
+Refusals on record (SEC-91), without anybody being able to fill the record with them.
 
-The first refusal of a caller and method is written at once; those that follow within the
-minute are counted, and the count is written at its end.  However many ask, a minute has a
-bounded number of rows: who holds any SVID of ours could else write as fast as it can call.
+The first of a caller, of one thing, is written at once; those that follow within the minute
+are counted, and the count is written at its end.  However many ask, a minute has a bounded
+number of rows of each sort: strangers could else write as fast as they can call.
 """
 
 import asyncio
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,9 +18,13 @@ from spiffe_wire.logs import event
 
 _log = logging.getLogger(__name__)
 WINDOW_SECONDS: Final = 60.0
-MAX_ROWS: Final = 256  # a window, for all callers together
+MAX_ROWS: Final = 256  # a window and action, for all callers together
 EVERYBODY: Final = "(many)"
-EVENTS: Final = {"call.refuse": "call_refused", "agent.superseded": "superseded_serial_used"}
+EVENTS: Final = {
+    "call.refuse": "call_refused",
+    "agent.superseded": "superseded_serial_used",
+    "agent.attest": "attestation_refused",
+}
 """What is logged for each action that is put on record."""
 
 
@@ -29,21 +34,23 @@ class RefusalLog:
 
     store: Store
     _counts: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    """Refusals since the row that was written."""
-    _uncounted: int = 0
+    """For each caller, target and action: refusals since the row that was written."""
+    _rows: Counter[str] = field(default_factory=Counter)
+    _uncounted: Counter[str] = field(default_factory=Counter)
 
-    async def note(self, caller: str, method: str, why: str, *, action: str) -> None:
+    async def note(self, caller: str, target: str, why: str, *, action: str) -> None:
         """Put one refusal on record; a store that fails changes nothing for the caller."""
-        key = (caller, method, action)
+        key = (caller, target, action)
         if key in self._counts:
             self._counts[key] += 1
             return
-        if len(self._counts) >= MAX_ROWS:
-            self._uncounted += 1
+        if self._rows[action] >= MAX_ROWS:
+            self._uncounted[action] += 1
             return
+        self._rows[action] += 1
         self._counts[key] = 0
-        event(_log, logging.WARNING, EVENTS[action], method=method, caller=caller, why=why)
-        await self._write(caller, method, action, "refused")
+        event(_log, logging.WARNING, EVENTS[action], target=target, caller=caller, why=why)
+        await self._write(caller, target, action, "refused")
 
     async def run(self) -> None:
         """End a window every minute until cancelled, and one more then."""
@@ -57,17 +64,17 @@ class RefusalLog:
     async def end_window(self) -> None:
         """Write how often each was refused again, and begin anew."""
         counts, self._counts = self._counts, {}
-        uncounted, self._uncounted = self._uncounted, 0
-        for (caller, method, action), count in counts.items():
+        uncounted, self._uncounted = self._uncounted, Counter()
+        self._rows.clear()
+        for (caller, target, action), count in counts.items():
             if count:
-                await self._write(caller, method, action, f"refused {count} times more")
-        if uncounted:
-            more = f"refused {uncounted} times more"
-            await self._write(EVERYBODY, "", "call.refuse", more)
+                await self._write(caller, target, action, f"refused {count} times more")
+        for action, count in uncounted.items():
+            await self._write(EVERYBODY, "", action, f"refused {count} times more")
 
-    async def _write(self, caller: str, method: str, action: str, outcome: str) -> None:
+    async def _write(self, caller: str, target: str, action: str, outcome: str) -> None:
         def work(repos: Repositories) -> None:
-            repos.audit.add(action, method, outcome)
+            repos.audit.add(action, target, outcome)
 
         try:
             await self.store.write(work, actor=caller)

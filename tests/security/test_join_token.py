@@ -250,9 +250,11 @@ async def test_sec_50_a_guess_costs_no_signature(running: Running, spoil: str) -
         "not text": b"\xff\xfe",
         "huge": b"x" * 1_000_000,
     }[spoil]
+    await running.server.refusals.end_window()
     before = await issued_of(running)
     rows = await running.audited(lambda: _refused_payload(running, payload))
-    assert rows == []
+    assert rows == [("agent.attest", "", "refused")]  # SEC-91: once a minute and address
+    assert await running.audited(lambda: _refused_payload(running, payload)) == []
     assert await issued_of(running) == before
     await running.node(token)
 
@@ -398,7 +400,7 @@ async def test_sec_55_who_shares_a_limit(address: str, network: str) -> None:
 async def test_sec_55_one_attestation_a_second() -> None:
     """SEC-55: one a second for each address; more wait, and too many are refused cheaply."""
     async with a_running_server(rate_limits=RateLimits(attestation=True)) as running:
-        before = await running.audit()
+        before = len(await running.audit())
         calls = running.anonymous.calls
         tries = [
             asyncio.create_task(attest(calls, f"nobody.{SECRET}", make_csr(make_key())))
@@ -415,7 +417,8 @@ async def test_sec_55_one_attestation_a_second() -> None:
             for one in tries:
                 one.cancel()
             await asyncio.gather(*tries, return_exceptions=True)
-        assert await running.audit() == before
+        (row,) = (await running.audit())[before:]
+        assert (row.actor, row.action, row.outcome) == ("127.0.0.1", "agent.attest", "refused")
 
 
 async def test_sec_04_an_attestor_names_its_own_nodes_alone(running: Running) -> None:
