@@ -25,7 +25,7 @@ from spiffe_core.errors import (
 )
 from spiffe_core.jwtsvid import JwtSvid, JwtSvidError, verify_jwt_svid
 from spiffe_core.spiffeid import SpiffeId
-from spiffe_wire.frontdoor.peer import PeerGoneError, UnixPeer, unix_peer_of
+from spiffe_wire.frontdoor.peer import UnixPeer, unix_peer_of
 from spiffe_wire.logs import event
 from spiffe_wire.pb import workloadapi_pb2, workloadapi_pb2_grpc
 from workload_api.agent.metrics import AgentMetrics
@@ -249,7 +249,7 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
         Wait for a change until *until* on the loop's clock; return whether one came.
 
         Raises:
-            PeerGoneError: the process or its connection has ended.
+            PeerGoneError: the process has ended.
             NotReadyError: the agent stops.
         """
         woken = True
@@ -259,8 +259,6 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
         except TimeoutError:
             stream.committed_at, woken = 0, False
         stream.peer.check_alive()
-        if stream.peer.exited().cancelled():
-            raise PeerGoneError("the connection has ended")
         if self.stopping:
             raise NotReadyError("the agent is stopping")
         return woken
@@ -302,7 +300,7 @@ class _Stream:
 
 @contextlib.contextmanager
 def _told_of_the_end(peer: UnixPeer, waiter: Waiter) -> Iterator[None]:
-    """Wake *waiter* when the process or its connection ends."""
+    """Wake *waiter* when the process ends; when its connection does, grpcio ends the call."""
 
     def wake(_: "asyncio.Future[None]") -> None:
         waiter.wake()
