@@ -78,11 +78,20 @@ def bind_unix_socket(path: Path, mode: int) -> socket.socket:
         SocketPathError: the path, an ancestor, or what is there already is not acceptable.
     """
     check_socket_path(path)
-    _make_folders(path.parent, 0o755 if mode & 0o066 else 0o700)
-    check_ancestors(path.parent)
-    _check_replaceable(path)
+    try:
+        _make_folders(path.parent, 0o755 if mode & 0o066 else 0o700)
+        check_ancestors(path.parent)
+        _check_replaceable(path)
+        return _bind(path, mode)
+    except OSError as error:
+        raise SocketPathError(f"cannot make the socket {path}: {error.strerror}") from error
+
+
+def _bind(path: Path, mode: int) -> socket.socket:
     private = path.parent / f".{secrets.token_hex(4)}"
+    made = private / "s"
     private.mkdir(mode=0o700)
+    private.chmod(0o700)  # the umask may have taken our own rights away
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         # Through a descriptor: the temporary name may be longer than the final one.
@@ -91,17 +100,15 @@ def bind_unix_socket(path: Path, mode: int) -> socket.socket:
             listener.bind(f"/proc/self/fd/{folder}/s")
         finally:
             os.close(folder)
-        made = private / "s"
         os.chmod(made, mode)
         listener.listen(BACKLOG)
         listener.setblocking(False)
         os.rename(made, path)
-    except OSError as error:
+    except BaseException:
         listener.close()
-        raise SocketPathError(f"cannot make the socket {path}: {error.strerror}") from error
+        raise
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            (private / "s").unlink()
+        made.unlink(missing_ok=True)
         private.rmdir()
     return listener
 
