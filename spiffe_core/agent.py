@@ -39,7 +39,7 @@ class AttestedAgent:
     them (SEC-20)."""
 
     def is_live(self, at: datetime) -> bool:
-        """True while one of its certificates can be good, or a ban keeps it from coming back."""
+        """True while one of its certificates can be good, or a ban keeps it from returning."""
         return self.banned or at <= max(self.expires_at, self.new_expires_at or self.expires_at)
 
 

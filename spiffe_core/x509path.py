@@ -28,7 +28,7 @@ from spiffe_core.keys import (
     SIGNATURE_HASHES,
     KeyRefusedError,
     check_certificate_size,
-    check_public_key,
+    key_of_certificate,
 )
 
 MAX_INTERMEDIATES: Final = MAX_CHAIN_CERTIFICATES - 1
@@ -161,7 +161,7 @@ def _check_common(certificate: x509.Certificate) -> None:
         raise X509SvidError("certificate must be X.509 version 3")
     if not 0 < certificate.serial_number < 1 << 159:
         raise X509SvidError("serial number must be positive and at most 20 octets")
-    check_public_key(certificate.public_key())
+    key_of_certificate(certificate)
     _ = certificate.issuer, certificate.subject  # parsed late: here, where errors are expected
     algorithm = certificate.signature_hash_algorithm
     if algorithm is not None and algorithm.name not in SIGNATURE_HASHES:

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa, x25519
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spiffe_core.authority import AuthorityError, X509Authority
 from spiffe_core.errors import SpiffeError
 from spiffe_core.keys import (
     MAX_CERTIFICATE_BYTES,
@@ -22,7 +23,9 @@ from spiffe_core.keys import (
     spki_of,
     subject_key_id_of,
 )
-from tests.support.authorities import a_ca, a_key
+from spiffe_core.x509svid import X509SvidError, verify_x509_svid
+from tests.support.authorities import NOW, a_ca, a_key
+from tests.support.ca import FakeCa
 from tests.support.spki import explicit_spki, named_spki
 
 ACCEPTED = ["p256", "p384", "p521", "rsa2048", "ed25519"]
@@ -160,6 +163,20 @@ def test_what_stands_before_the_coordinates(curve: ec.EllipticCurve) -> None:
     """The known beginnings are the library's, to the last octet before the coordinates."""
     spki = spki_of(ec.generate_private_key(curve).public_key())
     assert spki[: -2 * ((curve.key_size + 7) // 8)] == NAMED[curve.name]
+
+
+def test_sec_15_curves_of_certificates_are_named() -> None:
+    """An authority or leaf whose key spells its curve out is refused, its twin is not."""
+    ca = FakeCa()
+    leaf_point, ca_point = (spki[-65:] for spki in (ca.leaf().spki, ca.cert.spki))
+    assert verify_x509_svid(ca.chain(), ca.bundles, at=NOW)
+    leaf = ca.leaf(spki=explicit_spki(leaf_point))
+    assert x509.load_der_x509_certificate(leaf.der).public_key()
+    with pytest.raises(X509SvidError, match="name their curve"):
+        verify_x509_svid(ca.chain(leaf), ca.bundles, at=NOW)
+    assert X509Authority.parse(ca.cert.der)
+    with pytest.raises(AuthorityError, match="name their curve"):
+        X509Authority.parse(ca.cert.but(spki=explicit_spki(ca_point)).der)
 
 
 def test_a_point_is_whole() -> None:
