@@ -18,6 +18,7 @@ from tests.support.stack import Stack, a_folder, a_stack
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 UID = os.geteuid()
 SLEEP = os.path.realpath(shutil.which("sleep") or "sleep")
+STRANGER = f"unix:uid:{UID + 1}"
 ELSEWHERE = "unix:path:/usr/bin/elsewhere"
 
 
@@ -28,7 +29,7 @@ async def stack() -> AsyncIterator[Stack]:
         parent, add = running.agent.agent_id, running.server.add_entry
         await add("/sleeper", parent, f"unix:uid:{UID}", f"unix:path:{SLEEP}", id="sleeper")
         await add("/elsewhere", parent, f"unix:uid:{UID}", ELSEWHERE, id="elsewhere")
-        await add("/stranger", parent, "unix:uid:61001", "unix:gid:61001", id="stranger")
+        await add("/stranger", parent, STRANGER, "unix:gid:61001", id="stranger")
         await running.agent.until_svids(3)
         yield running
 
@@ -85,7 +86,7 @@ async def test_explain_selectors(programs: Programs, stack: Stack) -> None:
     assert matched.code == DONE
     assert "gets    spiffe://example.org/sleeper" in matched.out
     missed = await programs.issuer(
-        "explain", "--selectors", "unix:uid:61001", "unix:gid:7", "--agent-id",
+        "explain", "--selectors", STRANGER, "unix:gid:7", "--agent-id",
         stack.agent.agent_id, "-o", "json",
     )  # fmt: skip
     assert missed.code == REFUSED
