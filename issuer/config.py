@@ -86,7 +86,9 @@ class ServerSettings:
     admin_uids: tuple[int, ...] = setting(
         "Users beside our own who may use the admin socket", ()
     )
-    admin_ids: tuple[str, ...] = setting("SPIFFE IDs whose holders are admins over TCP", ())
+    admin_ids: tuple[str, ...] = setting(
+        "SPIFFE IDs of ours whose holders are admins over TCP", ()
+    )
     authority: Authority = section("The trust domain's authorities", Authority)
     svids: Svids = section("What is issued", Svids)
     rate_limits: RateLimits = section("Limits for each caller", RateLimits)
