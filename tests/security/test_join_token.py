@@ -23,18 +23,21 @@ from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2
 from spiffe_wire.pb.spire.api.server.bundle.v1 import bundle_pb2
 from spiffe_wire.pb.spire.api.server.entry.v1 import entry_pb2
 from tests.support.callers import (
+    Calls,
     Code,
     Running,
     a_running_server,
     an_id,
     attest,
     csr_params,
+    dialing,
     eventually,
     id_message,
     reason_of,
     refused,
 )
 from tests.support.clock import DrivenClock
+from tests.support.stack import a_folder, channel_to, serving
 from workload_api.node.keys import make_csr, make_key
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -215,6 +218,27 @@ async def test_sec_50_a_lost_reply_can_be_had_again(running: Running) -> None:
     await running.advance(timedelta(seconds=1))
     async with refused(Code.INVALID_ARGUMENT, "already been used"):
         await running.node(token, key)
+
+
+async def test_sec_50_a_lost_reply_can_be_had_from_the_next_server() -> None:
+    """SEC-50: a server that ended before the reply left is asked again, once it is back."""
+    clock = DrivenClock()
+    key = make_key()
+    with a_folder() as folder:
+        async with serving(folder, clock) as server:
+            async with channel_to(server.settings.admin_socket_path) as channel:
+                made = await Calls(channel).agent.CreateJoinToken(
+                    agent_pb2.CreateJoinTokenRequest(ttl=600)
+                )
+            async with dialing(server) as stranger:
+                first = await attest(stranger.calls, made.value, make_csr(key))
+        clock.advance(timedelta(seconds=30))
+        async with serving(folder, clock) as server:
+            async with dialing(server) as stranger:
+                again = await attest(stranger.calls, made.value, make_csr(key))
+                async with refused(Code.INVALID_ARGUMENT, "already been used"):
+                    await attest(stranger.calls, made.value, make_csr(make_key()))
+    assert again.result.svid.id == first.result.svid.id
 
 
 async def test_sec_50_racing_retries_get_one_node(running: Running) -> None:

@@ -348,6 +348,31 @@ async def test_sec_91_every_change_is_on_record(running: Running) -> None:
     assert await running.server.store.read(lambda repos: repos.audit.broken_at()) is None
 
 
+async def test_sec_91_actors_are_not_mixed_up(running: Running, callers: Any) -> None:
+    """SEC-91: of a hundred calls at once by three callers, each is on record as its own."""
+    by = {
+        f"/by-{number}-{kind.split()[-1]}": callers[kind]
+        for number in range(34)
+        for kind in ("local", "admin", "admin by settings")
+    }
+    before = (await running.audit())[-1].seq
+
+    async def create(path: str, calls: Calls) -> tuple[str, str]:
+        answer = await calls.entry.BatchCreateEntry(
+            entry_pb2.BatchCreateEntryRequest(entries=[below(an_id("/p"), path)])
+        )
+        return answer.results[0].entry.id, path.rpartition("-")[2]
+
+    made = dict(await asyncio.gather(*(create(*one) for one in by.items())))
+    actors = {"admin": "spiffe://example.org/admin", "settings": ADMIN}
+    actors["local"] = f"uid:{os.getuid()} pid:{os.getpid()}"
+    rows = await running.audit(before)
+    assert {row.target: row.actor for row in rows} == {
+        entry_id: actors[kind] for entry_id, kind in made.items()
+    }
+    assert len(rows) == 102
+
+
 async def test_sec_91_what_failed_is_not_on_record_as_done(running: Running) -> None:
     """SEC-91: a change and its row are kept or lost together."""
 

@@ -281,7 +281,7 @@ async def test_batches_have_a_first_and_a_last(running: Running, node: Holder) -
 
 
 async def test_sec_21_agents_get_what_lies_below_them_and_nothing_else() -> None:
-    """SEC-21: 8 agents and 40 entries, every pair, by sync, X509-SVID and JWT-SVID."""
+    """SEC-21: 8 agents and 40 entries, every pair, listed, as X509-SVID and as JWT-SVID."""
     async with a_running_server() as running:
         nodes = [await running.node() for _ in range(8)]
         entries = await running.add(
@@ -295,6 +295,10 @@ async def test_sec_21_agents_get_what_lies_below_them_and_nothing_else() -> None
             expected = [0 if one.spiffe_id.path in own else 5 for one in entries]
             assert codes(results) == expected
             assert {one.svid.id.path for one in results if one.HasField("svid")} == own
+            listed = await node.calls.entry.GetAuthorizedEntries(
+                entry_pb2.GetAuthorizedEntriesRequest()
+            )
+            assert {one.spiffe_id.path for one in listed.entries} == own
             for entry, code in zip(entries[number::5], expected[number::5], strict=True):
                 if code == 0:
                     assert (await new_jwt(node, entry.id, "a")).id == entry.spiffe_id

@@ -234,8 +234,10 @@ async def test_a_cursor_survives_the_server() -> None:
         assert same.cursor == first.cursor
 
 
-async def test_expiry_is_a_removal() -> None:
+async def test_expiry_is_a_removal(monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry that expires goes, with what lies below it, though nothing was written."""
+    assert ours.RECHECK_SECONDS <= 5
+    monkeypatch.setattr(ours, "RECHECK_SECONDS", 0.05)
     async with a_running_server(DrivenClock()) as running:
         node = await running.node()
         ends = int(running.server.own.clock.now().timestamp()) + 60
