@@ -299,6 +299,7 @@ async def test_sec_54_its_own_renewal_interrupts_nothing() -> None:
         async with asking(agent) as stub:
             call = fetch(stub)
             await read(call)
+            serial_before = await server.serial_of(agent.agent_id)
             ends, renewals, number = (await agent.status()).svid_expires_at, 0, 0
             deadline = time.monotonic() + 30
             while renewals < 1:
@@ -312,7 +313,9 @@ async def test_sec_54_its_own_renewal_interrupts_nothing() -> None:
             assert await says_nothing(call)
         await server.add_entry("/more", agent.agent_id, ME)
         await agent.until_svids(2)
-        assert not [one for one in agent.process.events() if one["event"] == "agent_denied"]
+        assert await server.serial_of(agent.agent_id) != serial_before  # the new one is in use
+        events = {one["event"] for one in agent.process.events()}
+        assert "own_svid_renewed" in events and not {"agent_denied", "sync_failed"} & events
 
 
 # The end

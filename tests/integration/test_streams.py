@@ -236,6 +236,16 @@ async def test_losing_the_last_entry_ends_the_stream(method: str) -> None:
         assert text.startswith("no identity issued: no registration entry matches this process")
 
 
+async def test_an_entry_that_asks_for_others_now() -> None:
+    """SEC-36: an entry whose selectors change is lost to those who matched it before."""
+    async with an_endpoint() as endpoint, endpoint.stub() as stub:
+        endpoint.put(WEB)
+        call = fetch(stub)
+        await read(call)
+        endpoint.put(replace(WEB, selectors=STRANGER.selectors, revision_number=1))
+        assert (await ending(call, within=1))[0] is grpc.StatusCode.PERMISSION_DENIED
+
+
 @pytest.mark.parametrize("method", STREAMS)
 async def test_no_entry_no_answer(method: str) -> None:
     """WEP-21, WAPI-27, WAPI-30, WAPI-42: a caller without an entry: PERMISSION_DENIED."""

@@ -238,6 +238,14 @@ class ServerCalls:
             )
         assert answer.results[0].status.code == 0, answer.results[0].status.message
 
+    async def serial_of(self, agent_id: str) -> str:
+        """The serial number of the SVID that an agent used last."""
+        async with self.channel() as channel:
+            agent = await agent_pb2_grpc.AgentStub(channel).GetAgent(
+                agent_pb2.GetAgentRequest(id=_id_message(agent_id))
+            )
+        return str(agent.x509svid_serial_number)
+
     async def ban(self, agent_id: str) -> None:
         """Ban an agent."""
         async with self.channel() as channel:

@@ -254,6 +254,18 @@ def test_built_once_for_all_who_get_the_same() -> None:
     assert made.x509_svids(view) != made.x509_svids(a_view())  # another serial number
 
 
+def test_a_bundle_that_is_gone_is_not_mistaken_for_another() -> None:
+    """What was built for one bundle is never answered for another that took its place."""
+    made = Responses(TD)
+    roots = [FakeCa(which=f"root {n}").authority for n in range(5)]
+    for number in range(200):
+        root = roots[number % 5]  # each bundle is a new object, where an old one may have been
+        view = replace(
+            a_view(), identities=(), bundles=BundleSet.of([Bundle(TD, (root,), (), number)])
+        )
+        assert root.der in made.x509_bundles(view)
+
+
 def test_only_so_many_are_kept() -> None:
     """What nobody asked for lately is built anew; memory stays bounded."""
     made = Responses(TD)
