@@ -404,6 +404,27 @@ def test_keys_for_another_use(use: str) -> None:
         verify_jwt_svid(a_token(), BundleSet.of([_read(document)]), audience="db", at=NOW)
 
 
+@pytest.mark.parametrize(
+    ("member", "value", "good"),
+    [
+        ("alg", "ES256", True), ("alg", "ES384", False), ("alg", "ES521", False),
+        ("alg", "ECDH-ES", False), ("alg", "HS256", False), ("alg", None, False),
+        ("key_ops", ["verify"], True), ("key_ops", ["sign", "verify"], True),
+        ("key_ops", ["encrypt"], False), ("key_ops", [], False), ("key_ops", "verify", False),
+    ],
+)  # fmt: skip
+def test_what_an_entry_says_of_its_key(member: str, value: Any, good: bool) -> None:
+    """JWT-27, SEC-45: an entry whose alg or key_ops name another use lends no key."""
+    document = json.loads(bundle_to_document(a_bundle()))
+    next(one for one in document["keys"] if one["kid"] == "ES256")[member] = value
+    known = BundleSet.of([_read(document)])
+    if good:
+        assert verify_jwt_svid(a_token(), known, audience="db", at=NOW)
+    else:
+        with pytest.raises(JwtSvidError, match="not among its trust domain's"):
+            verify_jwt_svid(a_token(), known, audience="db", at=NOW)
+
+
 def _read(document: dict[str, Any]) -> Bundle:
     return bundle_from_document(TD, json.dumps(document).encode())
 

@@ -13,6 +13,7 @@ import time
 from datetime import UTC, datetime, timedelta, timezone
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -205,6 +206,68 @@ def test_sec_12_no_private_key_beside() -> None:
     assert certificates_from_pem(text)
     with pytest.raises(PemError, match="private key"):
         certificates_from_pem(text + "-----BEGIN PRIVATE KEY-----\nAA==\n")
+
+
+# CAs on the way up (SEC-10, SEC-13).
+
+OTHER_ID = b"\1" * 20
+DIRECTORY = [x509.DirectoryName(x509.Name([]))]
+CA_DEFECTS: dict[str, tuple[Change, str]] = {
+    "no SKI": (lack(Oid.SUBJECT_KEY_IDENTIFIER), "no subject key identifier|no valid path"),
+    "SKI of another key": (put(x509.SubjectKeyIdentifier(OTHER_ID)), "no valid path"),
+    "SKI critical": (
+        lambda c: c.having(ext(x509.SubjectKeyIdentifier(b"\2" * 20), critical=True)),
+        "no valid path",
+    ),
+    "AKI of another key": (
+        put(x509.AuthorityKeyIdentifier(OTHER_ID, None, None)), "no valid path|its own key"),
+    "AKI without a key ID": (
+        put(x509.AuthorityKeyIdentifier(None, DIRECTORY, 1)),
+        "no authority key identifier|key ID alone",
+    ),
+    "constraints not critical": (put(x509.BasicConstraints(True, None)), "no valid path"),
+    "an unknown critical extension": (raw(UNKNOWN, b"\x05\x00", True), "no valid path"),
+    "name constraints not critical": (
+        put(x509.NameConstraints([x509.DNSName("a")], None)), "must be critical"),
+    "an extension twice": (
+        lambda c: c.adding(c.find(Oid.KEY_USAGE)), "cannot be read|not one DER"),
+    "no name": (
+        lambda c: c.but(subject=name(), issuer=name() if c.issuer == c.subject else c.issuer),
+        "no valid path",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["root", "intermediate"])
+@pytest.mark.parametrize("defect", CA_DEFECTS)
+def test_sec_13_defects_of_a_ca(defect: str, where: str) -> None:
+    """SEC-13, X509-45, X509-18, X509-30: one fault in a CA above, and the leaf is refused."""
+    change, text = CA_DEFECTS[defect]
+    ca = FakeCa() if where == "root" else FakeCa().child()
+    bad = ca.changed(change(ca.cert))
+    assert verify_x509_svid(ca.chain(), ca.bundles, at=NOW)
+    with pytest.raises(MalformedError, match=text):
+        verify_x509_svid(bad.chain(), bad.bundles, at=NOW)
+
+
+@pytest.mark.parametrize(
+    ("identifier", "good"),
+    [
+        (lambda ca: x509.AuthorityKeyIdentifier(ca.key_id, None, None), True),
+        (lambda ca: x509.AuthorityKeyIdentifier(ca.key_id, DIRECTORY, 1), False),
+        (lambda ca: x509.AuthorityKeyIdentifier(OTHER_ID, None, None), False),
+    ],
+    ids=["its own key ID", "its issuer too", "another key's"],
+)
+def test_sec_13_what_a_root_says_of_its_issuer(identifier: Any, good: bool) -> None:
+    """SEC-13, X509-45: a root may name its own key as its issuer's, and nothing else."""
+    plain = FakeCa()
+    root = plain.changed(plain.cert.having(ext(identifier(plain))))
+    if good:
+        assert verify_x509_svid(root.chain(), root.bundles, at=NOW)
+    else:
+        with pytest.raises(X509SvidError, match="a root's authority key identifier"):
+            verify_x509_svid(root.chain(), root.bundles, at=NOW)
 
 
 # Sizes and work (SEC-14).

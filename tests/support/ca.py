@@ -209,6 +209,8 @@ class FakeCa:
         """The same CA with another certificate."""
         made = FakeCa.__new__(FakeCa)
         made.__dict__.update(self.__dict__, cert=cert)
+        for name in ("authority", "bundle", "bundles"):  # they hold the certificate of before
+            made.__dict__.pop(name, None)
         return made
 
     def child(self, which: str = "sub", kind: str = "p256", **changes: Any) -> "FakeCa":
