@@ -221,7 +221,7 @@ async def test_sec_12_a_bad_bundle_is_refused_alone(
 
 
 async def test_our_own_domain_is_no_foreign_one(running: Running) -> None:
-    """SPIRE API 5.4: getting, creating, setting, updating, removing it are refused (SEC-71)."""
+    """SPIRE API 5.4: getting, creating, setting, updating, removing it are refused."""
     ours = a_bundle("example.org")
     for verb in ("Create", "Set", "Update"):
         (result,) = await put(running, verb, ours)

@@ -152,9 +152,9 @@ async def test_sec_66_a_year_and_more_passes() -> None:
         assert await server.store.read(lambda repos: repos.issued.count()) < 60
 
 
-async def test_sec_110_a_server_that_slept_through_its_authority() -> None:
+async def test_a_server_that_slept_through_its_authority() -> None:
     """
-    SEC-110: down for longer than its own certificate and its authority lived, a server comes
+    Down for longer than its own certificate and its authority lived, a server comes
     back with new ones, signs at once, and is ready.
     """
     clock = DrivenClock()

@@ -119,10 +119,10 @@ class Troubled:
     [NotReadyError("held"), DeadlineError("slow"), FeedGapError("gap")],
     ids=lambda one: type(one).__name__,
 )
-async def test_sec_104_a_store_that_is_away_is_asked_again(
+async def test_a_store_that_is_away_is_asked_again(
     tmp_path: Path, error: SpiffeError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SEC-104: trouble that passes does not end the feed; meanwhile it is said."""
+    """Trouble that passes does not end the feed."""
     monkeypatch.setattr(hub_module, "RETRY_SECONDS", 0.01)
     async with a_store(tmp_path) as store:
         troubled = Troubled(store, error, error)
