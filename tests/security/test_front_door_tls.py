@@ -109,7 +109,7 @@ async def test_sec_17_who_is_let_in(who: str) -> None:
 
 
 @pytest.mark.parametrize("who", REFUSED)
-@on_both_loops
+@on_uvloop
 async def test_sec_17_who_is_not_let_in(who: str) -> None:
     """SEC-17, X509-31: a certificate that is wrong in any way gets nothing, not a frame."""
     async with a_door("tls") as door:
@@ -323,7 +323,7 @@ async def test_sec_17_unix_connections_do_not_age() -> None:
     [b"", b"\x16\x03\x01", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40)],
     ids=["nothing", "half a header", "half a hello"],
 )
-@on_both_loops
+@on_uvloop
 async def test_sec_80_a_handshake_has_its_time(said: bytes) -> None:
     """SEC-80: a client that does not finish its handshake is cut, and gets no byte."""
     async with a_door("tls", limits=DoorLimits(opening=timedelta(seconds=0.2))) as door:
@@ -518,7 +518,7 @@ IMPOSTORS: dict[str, tuple[Callable[[Pki], Pki], str]] = {
 
 
 @pytest.mark.parametrize("who", IMPOSTORS)
-@on_both_loops
+@on_uvloop
 async def test_sec_57_not_a_byte_to_an_impostor(who: str, tmp_folder: Any) -> None:
     """SEC-57: a server that is not exactly ours receives 0 application bytes."""
     right = Pki()

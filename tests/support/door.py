@@ -260,8 +260,8 @@ async def eventually(
 async def settled_traces() -> None:
     """Wait until nothing changes any more: grpcio closes what it had in its own time."""
     last, since = Traces.now(), 0
-    while since < 10:
-        await asyncio.sleep(0.01)
+    while since < 6:
+        await asyncio.sleep(0.005)
         now = Traces.now()
         last, since = now, since + 1 if now == last else 0
 
