@@ -77,9 +77,9 @@ class Agent:
 
 async def test_sec_66_a_year_and_more_passes() -> None:
     """
-    SEC-66: in steps of hours and days, through many rotations: the agent renews and is
-    served all along with the bundle it has; everything that is signed verifies with what was
-    published a step before; everything that is still valid verifies with what is now.
+    SEC-66, BUNDLE-08: in steps of hours and days, through many rotations, the agent renews
+    and is served with the bundle it has; what is signed verifies with what was published a
+    step before; what is still valid verifies with what is now; the number never goes back.
     """
     clock = DrivenClock()
     chosen = random.Random(11)

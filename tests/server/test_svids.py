@@ -359,7 +359,7 @@ def claims_of(running: Running, token: str, audience: str) -> Any:
 
 
 async def test_a_jwt_svid_is_what_the_entry_says(running: Running, node: Holder) -> None:
-    """Subject and lifetime from the entry, audience from the call; it verifies."""
+    """JWT-10, JWT-11, JWT-15: subject and life of the entry, audience of the call."""
     (entry,) = await running.add(below(node, "/jwt", jwt_svid_ttl=77, hint="unused"))
     svid = await new_jwt(node, entry.id, "one", "two", "one")
     now = int(running.server.own.clock.now().timestamp())
