@@ -145,7 +145,7 @@ async def test_wep_08_not_exactly_the_header(channel: Any, method: str, header: 
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_with_the_header_the_method_counts(channel: Any, method: str) -> None:
-    """WEP-01, WEP-23: with it the methods that exist answer, and the others: UNIMPLEMENTED."""
+    """WEP-01, WEP-23, WAPI-01: what exists answers, by default; the rest: UNIMPLEMENTED."""
     code, _ = await answer(channel, method)
     expected = {
         "/SpiffeWorkloadAPI/FetchX509SVID": Code.OK,

@@ -208,14 +208,16 @@ async def test_an_x509_context() -> None:
 
 
 async def test_wapi_12_each_message_stands_alone() -> None:
-    """WAPI-12, WAPI-13, WAPI-31: what a message does not hold is gone, whatever came before."""
+    """WAPI-06, WAPI-12, WAPI-13, WAPI-28, WAPI-31: what a message does not hold is gone."""
     first = x509(an_svid(), an_svid("/api"), partner=PARTNER.authority.der)
-    async with an_agent(messages=[first, x509()]) as (_, address):
+    denied = grpc.StatusCode.PERMISSION_DENIED
+    async with an_agent(messages=[first, x509()], ends=denied) as (agent, address):
         async with WorkloadClient(address) as client:
             contexts = []
-            with pytest.raises(NotReadyError):
+            with pytest.raises(ForbiddenError):
                 async for context in client.watch_x509():
                     contexts.append(context)
+        assert len(agent.metadata) == 1  # one stream, kept open
     assert [len(one.identities) for one in contexts] == [2, 1]
     assert [len(one.bundles) for one in contexts] == [2, 1]
 
