@@ -5,7 +5,7 @@ A browser or a proxy that was tricked into calling the socket cannot send it.  I
 for every method on the socket, known or not, before anything else.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 import grpc
@@ -35,8 +35,9 @@ class SecurityHeaderInterceptor(grpc.aio.ServerInterceptor):
         return _REFUSE
 
 
-async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> Any:
+async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _REFUSAL)
+    yield  # a stream of nothing, to those who wrap it
 
 
 # Stream in, stream out fits every shape of call: grpcio reads no request before we answer.
