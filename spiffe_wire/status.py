@@ -6,11 +6,13 @@ the trailer ``grpc-status-details-bin``, and the embedded status repeats code an
 when they differ, SPIRE's agent reports INTERNAL and retries for ever.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from spiffe_core import errors
 from spiffe_core.errors import ErrorKind, SpiffeError
@@ -92,14 +94,17 @@ def _details(error: AgentDeniedError) -> bytes:
 
 
 def _reason_of(error: grpc.aio.AioRpcError) -> DenialReason | None:
+    """The reason in the trailer of a denial; what cannot be read is none."""
+    if error.code() is not grpc.StatusCode.PERMISSION_DENIED:
+        return None
     for key, value in error.trailing_metadata() or ():
         if key != DETAILS_KEY or not isinstance(value, bytes):
             continue
-        for detail in status_pb2.Status.FromString(value).details:
-            denied = types_status_pb2.PermissionDeniedDetails()
-            if detail.Unpack(denied):
-                known = set(DenialReason)
-                return DenialReason(denied.reason) if denied.reason in known else None
+        with contextlib.suppress(DecodeError):
+            for detail in status_pb2.Status.FromString(value).details:
+                denied = types_status_pb2.PermissionDeniedDetails()
+                if detail.Unpack(denied) and denied.reason in set(DenialReason):
+                    return DenialReason(denied.reason)
     return None
 
 

@@ -52,8 +52,9 @@ class Gate(grpc.aio.ServerInterceptor):
     def _stream(self, inner: Handler) -> Handler:
         async def call(request: Any, context: Any) -> AsyncIterator[Any]:
             await self._enter(context)
-            async for answer in inner(request, context):
-                yield answer
+            async with contextlib.aclosing(inner(request, context)) as answers:
+                async for answer in answers:
+                    yield answer
 
         return call
 
