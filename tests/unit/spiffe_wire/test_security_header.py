@@ -14,8 +14,9 @@ from spiffe_wire.security_header import (
     SecurityHeaderInterceptor,
     has_header,
 )
-from tests.support.door import CHAT, ECHO, GATHER, HOLD, Door, call
+from tests.support.door import CHAT, ECHO, GATHER, HOLD, Door, Echo, call
 from tests.support.http2 import HEADERS, OPENING, request
+from tests.support.stack import a_folder
 
 RIGHT = (KEY, VALUE)
 WRONG = {
