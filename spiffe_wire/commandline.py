@@ -211,6 +211,8 @@ def relative(at: int) -> str:
         return "never"
     span = int(at - time.time())
     amount, unit = abs(span), "s"
+    if not amount:
+        return "now"
     for size, name in ((86400, "d"), (3600, "h"), (60, "m")):
         if amount >= 2 * size:
             amount, unit = amount // size, name

@@ -53,6 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         given = shlex.join(arguments.words)
         raise CommandError(f"put -- before the command: issuer dev -- {given}", USAGE)
     command = arguments.command_line
+    # The command finds ours too, behind everything that its caller has.
+    ours = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), ours])
     program = _program_of(command[0]) if command else ""
     umask = os.umask(0o077)
     # Not uvloop: it forks with grpc's threads running, and grpc says so on standard error.
