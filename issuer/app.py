@@ -60,6 +60,7 @@ MAX_CONNECTION_AGE: Final = timedelta(minutes=3)  # SEC-17
 STOP_GRACE: Final = timedelta(seconds=5)  # SEC-108: all of it within 10 s
 KEEP_EVENTS: Final = timedelta(hours=24)
 KEEP_ISSUED: Final = timedelta(hours=24)  # after it expired
+KEEP_EXPIRED: Final = timedelta(hours=1)  # so that `issuer explain` can say what it was
 KEEP_GONE: Final = timedelta(days=30)  # no cache holds an entry that went so long ago
 HEAL_INTERVAL: Final = timedelta(seconds=2)
 PRUNE_INTERVAL: Final = timedelta(minutes=10)
@@ -197,7 +198,7 @@ async def serve(
             "fold": hub.run,
             "own-svid": own.run,
             "refusals": refusals.run,
-            "prune": partial(_prune, store, api.agents, clock),
+            "prune": partial(_prune, store, api.agents, api.entries, clock),
             "heal": partial(_heal, store, clock),
         }
         await stack.enter_async_context(_background(server, loops, die))
@@ -373,22 +374,26 @@ async def _heal(store: Store, clock: Clock) -> None:
                 await store.probe()
 
 
-async def _prune(store: Store, agents: AgentService, clock: Clock) -> None:
+async def _prune(
+    store: Store, agents: AgentService, entries: EntryService, clock: Clock
+) -> None:
     """Drop what nobody will ask for any more, in steps that keep no writer waiting."""
 
-    def step(repos: Repositories) -> int:
+    def step(repos: Repositories) -> bool:
         now = clock.now()
         agents.prune_tokens(repos)
-        return max(
+        more = entries.forget_expired(repos, now - KEEP_EXPIRED)
+        most = max(
             repos.events.prune(now - KEEP_EVENTS),
             repos.issued.prune(now - KEEP_ISSUED),
             repos.entries.forget_gone(now - KEEP_GONE),
         )
+        return more or most == PRUNE_ROWS
 
     while True:
         await clock.sleep(PRUNE_INTERVAL)
         try:
-            while await store.write(step) == PRUNE_ROWS:
+            while await store.write(step):
                 pass
         except SpiffeError as error:
             event(_log, logging.WARNING, "prune_failed", exc_info=error)

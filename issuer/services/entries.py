@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from typing import TypeAlias
 
 from issuer.services.hub import Hub
 from issuer.services.paging import Fetch, Page, collect, count
+from issuer.store.rows import PAGE
 from issuer.store.store import Repositories, Store
 from spiffe_core.entry import RegistrationEntry, check_entry_id
 from spiffe_core.errors import InternalError, MalformedError
@@ -148,6 +150,14 @@ class EntryService:
             repos.audit.add("entry.delete", entry_id)
 
         await self.store.write(work, actor=actor)
+
+    def forget_expired(self, repos: Repositories, before: datetime) -> bool:
+        """Remove entries that expired before *before*; True when there may be more."""
+        found = repos.entries.expired(before)
+        for entry_id in found:
+            repos.entries.delete(entry_id)
+            repos.audit.add("entry.expire", entry_id)
+        return len(found) == PAGE
 
 
 def _check_federation(repos: Repositories, entry: RegistrationEntry) -> None:

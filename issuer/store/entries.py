@@ -184,6 +184,11 @@ class EntryRepository:
             found += (entry_of(row) for row in rows)
         return [entry for entry in found if domain in entry.federates_with]
 
+    def expired(self, before: datetime) -> list[str]:
+        """Return the ids of entries that expired before *before*, a page of them."""
+        old = entries.c.expires_at.between(1, seconds(before) - 1)  # 0 never expires
+        return list(self._connection.scalars(select(entries.c.id).where(old).limit(PAGE)))
+
     def forget_gone(self, before: datetime) -> int:
         """Drop the memory of ids that went before *before*; return how many, of 5,000."""
         old = select(gone_entries.c.id).where(gone_entries.c.gone_at < seconds(before))
