@@ -106,7 +106,9 @@ async def answer(
     if shape == "stream":
         call = channel.unary_stream(method)(request, metadata=metadata, timeout=10)
     else:
-        call = channel.stream_stream(method)(iter([request]), metadata=metadata, timeout=10)
+        call = channel.stream_stream(method)(metadata=metadata, timeout=10)
+        if metadata == HEADER:  # grpcio's client calls a write that comes too late INTERNAL
+            await call.write(request)
     try:
         if await call.read() is not grpc.aio.EOF:
             call.cancel()
