@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spiffe_core.keys import KeyKind
 from spiffe_core.spiffeid import SpiffeId, SpiffeIdError, TrustDomain
+from spiffe_wire.logs import LEVELS
 from spiffe_wire.settings import SettingsError, section, setting
 
 ROLE = "server"
@@ -97,7 +98,12 @@ class ServerSettings:
     log_level: str = setting("Least level that is logged", "info")
 
     def __post_init__(self) -> None:
-        TrustDomain(self.trust_domain)
+        try:
+            TrustDomain(self.trust_domain)
+        except SpiffeIdError as error:
+            raise SettingsError(f"trust_domain: {error}") from error
+        if self.log_level not in LEVELS:
+            raise SettingsError(f"log_level: must be one of {', '.join(LEVELS)}")
         for one in self.admin_ids:
             self._check_admin_id(one)
         if not 0 <= self.bind_port <= 65535:

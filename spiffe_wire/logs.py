@@ -11,6 +11,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
+LEVELS: Final = ("debug", "info", "warning", "error")
 _FIELDS: Final = "event_fields"
 # A field that is named like a secret is one; a mistake in a call site must not leak it.
 _SECRET: Final = frozenset(

@@ -22,7 +22,17 @@ from spiffe_core.errors import MalformedError
 PREFIX: Final = "SPIFFE_ISSUER_"
 MAX_BYTES: Final = 1024 * 1024
 _T = TypeVar("_T")
-_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+)s)?(?:(\d+)ms)?")
+_DURATION = re.compile(
+    r"(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m(?!s))?(?:([0-9]+)s)?(?:([0-9]+)ms)?"
+)
+# Variables that begin like settings and are none: one of our own commands, and those that
+# Kubernetes makes for a Service that is called as we are.
+_NO_SETTING = re.compile(
+    r"SPIFFE_ISSUER_AGENT_SOCKET=.*|\w+_SERVICE_(HOST|PORT\w*)=.*|\w+_PORT\w*=(tcp|udp|sctp)://.*"
+    r"|\w+_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*",
+    re.DOTALL,
+)
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 class SettingsError(MalformedError):
@@ -45,7 +55,8 @@ def load(kind: type[_T], text: str, environment: Mapping[str, str], role: str) -
     """
     Return settings of *kind* from YAML *text*, overridden by *environment*.
 
-    ``SPIFFE_ISSUER_<ROLE>_<KEY>`` sets a key; a dot in its path is two underscores.
+    ``SPIFFE_ISSUER_<ROLE>_<KEY>`` sets a key; a dot in its path is two underscores.  There
+    numbers, booleans and comma-separated lists are text; in YAML they are what they are.
 
     Raises:
         SettingsError: unknown key, wrong type, impossible value, or one that is missing.
@@ -66,6 +77,12 @@ def load(kind: type[_T], text: str, environment: Mapping[str, str], role: str) -
     return _build(kind, tree, "")
 
 
+class _Word(str):
+    """A value from the environment, where everything is text."""
+
+    __slots__ = ()
+
+
 def duration(text: str) -> timedelta:
     """
     Parse ``1h30m``, ``5s``, ``250ms``.
@@ -77,9 +94,12 @@ def duration(text: str) -> timedelta:
     if match is None or not text:
         raise ValueError("a duration reads 1h30m, 5s or 250ms")
     days, hours, minutes, seconds, milliseconds = (int(one or 0) for one in match.groups())
-    return timedelta(
-        days=days, hours=hours, minutes=minutes, seconds=seconds, milliseconds=milliseconds
-    )
+    try:
+        return timedelta(
+            days=days, hours=hours, minutes=minutes, seconds=seconds, milliseconds=milliseconds
+        )
+    except OverflowError as error:
+        raise ValueError("a duration is longer than time itself") from error
 
 
 def duration_text(value: timedelta) -> str:
@@ -178,29 +198,33 @@ def _value(type_: Any, given: Any) -> Any:
         (inner,) = (one for one in typing.get_args(type_) if one is not type(None))
         return None if given is None else _value(inner, given)
     if typing.get_origin(type_) is tuple:
-        if isinstance(given, str):
-            given = [one.strip() for one in given.split(",") if one.strip()]
+        if isinstance(given, _Word):
+            given = [_Word(one.strip()) for one in given.split(",") if one.strip()]
         if not isinstance(given, list):
             raise ValueError("must be a list")
         return tuple(_value(typing.get_args(type_)[0], one) for one in given)
     if type_ is bool:
-        if isinstance(given, str) and given in ("true", "false"):
+        if isinstance(given, _Word) and given in ("true", "false"):
             return given == "true"
         if not isinstance(given, bool):
             raise TypeError("must be true or false")
         return given
     if type_ is int:
-        if isinstance(given, str) and given.isascii() and given.isdigit():
-            given = int(given)
+        if isinstance(given, _Word) and _NUMBER.fullmatch(given):
+            return int(given)
         if type(given) is not int:
             raise ValueError("must be a whole number")
         return given
     if not isinstance(given, str):
         raise TypeError("must be text")
+    given = str(given)
     if type_ is timedelta:
         return duration(given)
     if type_ is Path:
-        path = Path(given).expanduser()
+        try:
+            path = Path(given).expanduser()
+        except RuntimeError as error:
+            raise ValueError("names a home folder that is not there") from error
         if not path.is_absolute():
             # Started from another folder, a server would find no database, and begin anew.
             raise ValueError("must be an absolute path")
@@ -216,15 +240,20 @@ def _value(type_: Any, given: Any) -> Any:
 def _override(
     kind: type[Any], tree: dict[str, Any], environment: Mapping[str, str], prefix: str
 ) -> None:
-    names = {row.path: row.path.upper().replace(".", "__") for row in rows(kind)}
-    for path, name in names.items():
-        if prefix + name not in environment:
+    paths = {prefix + row.path.upper().replace(".", "__"): row.path for row in rows(kind)}
+    for name in sorted(environment):
+        if name not in paths:
+            given = f"{name}={environment[name]}"
+            if name.startswith(prefix) and not _NO_SETTING.fullmatch(given):
+                raise SettingsError(f"{name}: the environment sets no such setting")
             continue
-        *folders, last = path.split(".")
+        *folders, last = paths[name].split(".")
         place = tree
         for folder in folders:
             place = place.setdefault(folder, {})
-        place[last] = environment[prefix + name]
+            if not isinstance(place, dict):
+                raise SettingsError(f"{folder}: must be keys and values")
+        place[last] = _Word(environment[name])
 
 
 def _named(type_: Any) -> str:
@@ -269,8 +298,7 @@ def _example(kind: type[Any], given: Mapping[str, str], path: str, pad: str) -> 
 
 def _schema(type_: Any) -> dict[str, Any]:
     if typing.get_origin(type_) in (types.UnionType, typing.Union):
-        inner = _schema(typing.get_args(type_)[0])
-        return {**inner, "type": [inner["type"], "null"]}
+        return {"anyOf": [_schema(typing.get_args(type_)[0]), {"type": "null"}]}
     if typing.get_origin(type_) is tuple:
         return {"type": "array", "items": _schema(typing.get_args(type_)[0])}
     if type_ is bool:
@@ -282,6 +310,8 @@ def _schema(type_: Any) -> dict[str, Any]:
     if type_ is timedelta:
         return {
             "type": "string",
-            "pattern": "^([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$",
+            "pattern": "^(?=.)([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$",
         }
+    if type_ is Path:
+        return {"type": "string", "pattern": "^[/~]"}
     return {"type": "string"}

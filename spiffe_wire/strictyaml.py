@@ -6,11 +6,17 @@ A module of its own because only who reads settings needs it, and the library is
 
 import contextlib
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from spiffe_core.errors import MalformedError
+
+# What the library lets slip: for a date that is none, `!!int` without digits, `!!bool x`,
+# `!!timestamp x`, a number of thousands of digits, thousands of brackets.
+_SLIPS: Final = (
+    ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError,
+)  # fmt: skip
 
 
 class YamlError(MalformedError):
@@ -36,7 +42,18 @@ def loads(text: str) -> Any:
         with contextlib.closing(_Loader(text)) as loader:
             return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise YamlError(f"settings are not YAML: {error}") from error
+        raise YamlError(f"settings are not YAML: {_without_snippet(error)}") from error
+    except _SLIPS as error:
+        raise YamlError("settings are not YAML that we read") from error
+
+
+def _without_snippet(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the line itself: it may hold a secret (SEC-90)."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return "a character is not allowed"
+    mark = error.problem_mark or error.context_mark
+    where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+    return f"{error.context or ''} {error.problem or ''}".strip() + where
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -47,7 +64,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
             raise YamlError("settings are not YAML that we read: a list or map is a key")
         if key in made:
             raise YamlError(f"{key}: the key is there twice")
-        made[key] = loader.construct_object(value_node, deep=True)
+        try:
+            made[key] = loader.construct_object(value_node, deep=True)
+        except YamlError as error:
+            raise YamlError(f"{key}.{error}") from error
     return made
 
 

@@ -6,8 +6,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from spiffe_core.keys import KeyKind
-from spiffe_core.spiffeid import TrustDomain
+from spiffe_core.spiffeid import SpiffeIdError, TrustDomain
 from spiffe_wire.frontdoor.kernel import PeerPolicy
+from spiffe_wire.logs import LEVELS
 from spiffe_wire.settings import SettingsError, section, setting
 
 ROLE = "agent"
@@ -89,7 +90,12 @@ class AgentSettings:
     log_level: str = setting("Least level that is logged", "info")
 
     def __post_init__(self) -> None:
-        TrustDomain(self.trust_domain)
+        try:
+            TrustDomain(self.trust_domain)
+        except SpiffeIdError as error:
+            raise SettingsError(f"trust_domain: {error}") from error
+        if self.log_level not in LEVELS:
+            raise SettingsError(f"log_level: must be one of {', '.join(LEVELS)}")
         if self.admin_socket.parent == self.workload_socket.parent:
             raise SettingsError("admin_socket: must not lie in the workload socket's folder")
         if self.workloads.key_type is KeyKind.RSA_4096:
