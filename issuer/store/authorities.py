@@ -1,8 +1,9 @@
 """Authorities, our bundle made of them, foreign bundles, and what was issued."""
 
 import base64
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -47,20 +48,7 @@ class AuthorityRepository:
 
     def add_prepared(self, record: AuthorityRecord) -> None:
         """Add a record; its public half is in the bundle with it."""
-        self._connection.execute(
-            insert(authorities).values(
-                authority_id=record.authority_id,
-                kind=record.kind.value,
-                state=record.state.value,
-                key_id=record.key_id,
-                public=record.public,
-                not_before=micros(record.validity.not_before),
-                not_after=micros(record.validity.not_after),
-                prepared_at=micros(record.prepared_at),
-                activated_at=0,
-                retired_at=0,
-            )
-        )
+        self._connection.execute(insert(authorities).values(_row_of(record)))
         self._bundle_changed()
 
     def activate(self, authority_id: str, at: datetime) -> None:
@@ -70,26 +58,15 @@ class AuthorityRepository:
         Raises:
             AbortedError: the record is not PREPARED.
         """
-        table = authorities.c
-        kind = self._connection.execute(
-            select(table.kind).where(
-                table.authority_id == authority_id,
-                table.state == AuthorityState.PREPARED.value,
-            )
-        ).scalar()
-        if kind is None:
+        records = self.all()
+        wanted = next((one for one in records if one.authority_id == authority_id), None)
+        if wanted is None or wanted.state is not AuthorityState.PREPARED:
             raise AbortedError("the authority is no longer prepared")
-        self._connection.execute(
-            update(authorities)
-            .where(table.kind == kind, table.state == AuthorityState.ACTIVE.value)
-            .values(state=AuthorityState.OLD.value, retired_at=micros(at))
-        )
+        for one in records:
+            if one.kind is wanted.kind and one.state is AuthorityState.ACTIVE:
+                self._change(replace(one, state=AuthorityState.OLD, retired_at=at))
         crash_point("authority.marked_old")
-        self._connection.execute(
-            update(authorities)
-            .where(table.authority_id == authority_id)
-            .values(state=AuthorityState.ACTIVE.value, activated_at=micros(at))
-        )
+        self._change(replace(wanted, state=AuthorityState.ACTIVE, activated_at=at))
         # What is trusted stays the same, and so does the sequence number (BUNDLE-08).
         self._bundle_event()
 
@@ -135,6 +112,13 @@ class AuthorityRepository:
             )
         except BAD_VALUE as error:
             raise StoredValueError("a stored authority is damaged: restore it") from error
+
+    def _change(self, record: AuthorityRecord) -> None:
+        self._connection.execute(
+            update(authorities)
+            .where(authorities.c.authority_id == record.authority_id)
+            .values(_row_of(record))
+        )
 
     def _bundle_changed(self) -> None:
         self._connection.execute(
@@ -301,8 +285,31 @@ class IssuedRepository:
 _NEVER: Final = datetime.fromtimestamp(0, UTC)
 
 
+def _row_of(record: AuthorityRecord) -> dict[str, Any]:
+    row = {
+        "authority_id": record.authority_id,
+        "kind": record.kind.value,
+        "state": record.state.value,
+        "key_id": record.key_id,
+        "public": record.public,
+        "not_before": micros(record.validity.not_before),
+        "not_after": micros(record.validity.not_after),
+        "prepared_at": micros(record.prepared_at),
+        "activated_at": micros(record.activated_at),
+        "retired_at": micros(record.retired_at),
+    }
+    return {**row, "checksum": _checksum(row)}
+
+
+def _checksum(row: Mapping[str, Any] | RowMapping) -> bytes:
+    facts = [row[one.name] for one in authorities.c if one.name not in ("row", "checksum")]
+    return hashlib.sha256(repr(facts).encode()).digest()[:16]
+
+
 def _record_of(row: RowMapping) -> AuthorityRecord:
     try:
+        if row["checksum"] != _checksum(row):
+            raise ValueError("checksum")
         return AuthorityRecord(
             row["authority_id"],
             AuthorityKind(row["kind"]),

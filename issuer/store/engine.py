@@ -18,6 +18,8 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from issuer.store import migrate
+from issuer.store.rows import StoredValueError
+from issuer.store.wal import is_whole
 from spiffe_core.errors import (
     DeadlineError,
     InternalError,
@@ -95,7 +97,7 @@ def in_transaction(connection: Connection) -> bool:
     return bool(connection.connection.in_transaction)
 
 
-def refusal(error: SQLAlchemyError) -> SpiffeError:
+def refusal(error: SQLAlchemyError | UnicodeDecodeError) -> SpiffeError:
     """Return what to tell the caller; the cause goes along, for the log alone."""
     code = _code_of(error)
     made: SpiffeError
@@ -107,6 +109,8 @@ def refusal(error: SQLAlchemyError) -> SpiffeError:
         made = NotReadyError("the database is held by another process; nothing was changed")
     elif code == _INTERRUPT:
         made = DeadlineError("the database took longer than 5 s; nothing was changed")
+    elif isinstance(error, UnicodeDecodeError) or "Could not decode" in str(error):
+        made = StoredValueError("a stored text is damaged: restore the database")
     elif code in _BROKEN:
         made = StoreBrokenError("the database failed: see the log, then start again")
     else:
@@ -140,9 +144,9 @@ def prepare(path: Path, trust_domain: TrustDomain) -> Engine:
     try:
         migrate.upgrade(engine)
         migrate.claim(engine, trust_domain, path)
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, UnicodeDecodeError) as error:
         engine.dispose()
-        raise _damaged(path) from error
+        raise _unusable(path, _code_of(error)) from error
     except BaseException:
         engine.dispose()
         raise
@@ -176,17 +180,33 @@ def _check_file(path: Path) -> None:
 
 
 def _check_content(path: Path) -> None:
+    log = path.with_name(f"{path.name}-wal")
+    # Asked twice, as a command may look at a database that a server is writing to.
+    if not is_whole(log) and not is_whole(log):
+        raise PreconditionError(
+            f"{log} is damaged, and changes that were acknowledged lie behind the damage; it "
+            "was left as it is: restore a backup with `issuer db restore`"
+        )
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    except sqlite3.Error as error:
-        raise _damaged(path) from error
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        raise _unusable(path, getattr(error, "sqlite_errorcode", 0) & 0xFF) from error
     if verdict != "ok":
-        raise _damaged(path)
+        raise _unusable(path)
 
 
-def _damaged(path: Path) -> PreconditionError:
-    return PreconditionError(
-        f"{path} is damaged or not a database of ours, and was left as it is: restore a "
-        "backup with `issuer db restore`, or move it away to begin anew"
-    )
+def _unusable(path: Path, code: int = 0) -> PreconditionError:
+    """Why a server cannot begin with the database at *path*, and what to do."""
+    return PreconditionError(f"{path} {_UNUSABLE.get(code, _DAMAGED)}")
+
+
+_UNUSABLE: Final = {
+    _FULL: "is on a disk that is full: make room, then start again",
+    _READONLY: "cannot be written: have its disk mounted for writing, then start again",
+    **dict.fromkeys(_BUSY, "is held by another process: end that, then start again"),
+}
+_DAMAGED: Final = (
+    "is damaged or not a database of ours, and was left as it is: restore a backup with "
+    "`issuer db restore`, or move it and the keys beside it away to begin anew"
+)

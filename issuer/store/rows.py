@@ -1,5 +1,6 @@
 """Rows to domain values and back: instants, selectors, lists."""
 
+import hashlib
 import json
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -108,14 +109,25 @@ def entry_row(entry: RegistrationEntry) -> dict[str, Any]:
     }
 
 
+def _fingerprint_of(spiffe_id: str, parent_id: str, selectors: str) -> bytes:
+    """`RegistrationEntry.fingerprint`, from the texts as they are stored."""
+    text = f'["{spiffe_id}","{parent_id}",{selectors}]'
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
 def entry_of(row: RowMapping) -> RegistrationEntry:
     """
     The entry of a row.
 
     Raises:
-        StoredValueError: the row breaks a rule.
+        StoredValueError: the row breaks a rule, or is not what was stored: a flipped bit in a
+            selector would give an identity to another process.
     """
     try:
+        if row["fingerprint"] != _fingerprint_of(
+            row["spiffe_id"], row["parent_id"], row["selectors"]
+        ):
+            raise ValueError("fingerprint")
         return RegistrationEntry(
             id=row["id"],
             spiffe_id=SpiffeId.parse(row["spiffe_id"]),

@@ -201,7 +201,7 @@ class Store:
         try:
             with self._reading.connect() as connection:
                 return work(self._repositories(connection, SYSTEM))
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, UnicodeDecodeError) as error:
             raise refusal(error) from error
 
     def _repositories(self, connection: Connection, actor: str) -> Repositories:

@@ -116,6 +116,8 @@ authorities = Table(
     Column("prepared_at", BigInteger, nullable=False),
     Column("activated_at", BigInteger, nullable=False),
     Column("retired_at", BigInteger, nullable=False),
+    # Of the columns above: one flipped bit in an instant would be a new authority (SEC-103).
+    Column("checksum", LargeBinary, nullable=False),
     sqlite_autoincrement=True,
 )  # fmt: skip
 # Two that sign at once cannot be stored, whatever the code above does (SEC-66, SEC-68).

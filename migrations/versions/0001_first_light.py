@@ -52,6 +52,7 @@ def upgrade() -> None:
         sa.Column("prepared_at", sa.BigInteger(), nullable=False),
         sa.Column("activated_at", sa.BigInteger(), nullable=False),
         sa.Column("retired_at", sa.BigInteger(), nullable=False),
+        sa.Column("checksum", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("row"),
         sa.UniqueConstraint("authority_id"),
         sqlite_autoincrement=True,
