@@ -15,7 +15,7 @@ from spiffe_core.errors import MalformedError
 ENVIRONMENT_VARIABLE: Final = "SPIFFE_ENDPOINT_SOCKET"
 # An empty authority or none: in unix://run/a.sock the authority is "run".
 _UNIX = re.compile(r"unix:(?://)?(/(?!/)[^?#\s\x00-\x1f\x7f]*[^/?#\s\x00-\x1f\x7f])")
-_TCP = re.compile(r"tcp://(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})")
+_TCP = re.compile(r"tcp://(?:\[([0-9a-fA-F]*:[0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})")
 
 
 class EndpointError(MalformedError):

@@ -7,6 +7,7 @@ Source: SEC-90 (no secret in any output), SEC-91 (control characters escaped).  
 
 import json
 import logging
+import math
 import sys
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
@@ -33,6 +34,7 @@ def event(
     logger: logging.Logger,
     level: int,
     name: str,
+    /,
     *,
     exc_info: BaseException | None = None,
     **fields: object,
@@ -58,13 +60,14 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line; json.dumps escapes every control character."""
-        line: dict[str, Any] = {
+        line: dict[str, Any] = {name: _text(value) for name, value in _fields(record).items()}
+        # Last, so that no field can pass for one of them.
+        line |= {
             "time": _time(record),
             "level": record.levelname.lower(),
             "event": record.getMessage(),
             "logger": record.name,
         }
-        line.update({name: _text(value) for name, value in _fields(record).items()})
         if record.exc_info and record.exc_info[1] is not None:
             line["error"] = _causes(record.exc_info[1])
         return json.dumps(line)
@@ -79,10 +82,15 @@ class TextFormatter(logging.Formatter):
         parts += [f"{name}={_text(value)}" for name, value in _fields(record).items()]
         if record.exc_info and record.exc_info[1] is not None:
             parts.append(f"error={_causes(record.exc_info[1])}")
-        return " ".join(parts).translate(_ESCAPES)
+        line = " ".join(parts).translate(_ESCAPES)
+        # A file name may hold what no stream can encode.
+        return line.encode(errors="backslashreplace").decode()
 
 
-_ESCAPES: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
+# C1 is what terminals obey too; the last two end a line for those who read it.
+_ESCAPES: Final = {
+    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160), 0x2028, 0x2029)
+}
 
 
 def _time(record: logging.LogRecord) -> str:
@@ -91,10 +99,12 @@ def _time(record: logging.LogRecord) -> str:
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     fields: dict[str, object] = getattr(record, _FIELDS, {})
-    return {k: "(redacted)" if k in _SECRET else v for k, v in fields.items()}
+    return {k: "(redacted)" if k.lower() in _SECRET else v for k, v in fields.items()}
 
 
 def _text(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no word for it
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
