@@ -21,12 +21,10 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from ca.clock import Clock, SystemClock
-from ca.jwt import JwtProfile
 from ca.keys.disk import DiskKeyManager
 from ca.keys.protocol import pkcs8_of
 from ca.lint import check_profile
-from ca.rotator import RotationSettings, Rotator
-from ca.x509 import X509Profile
+from ca.rotator import Rotator
 from issuer.api.callers import AccessInterceptor, Callers
 from issuer.api.server import SIGNING_RATE, STATUS_RATE, Api, ApiLimits
 from issuer.attestation.join_token import JoinTokenAttestor
@@ -171,12 +169,7 @@ async def serve(
         rotator = Rotator(
             SqlJournal(store),
             DiskKeyManager(settings.data_dir / "keys"),
-            RotationSettings(
-                settings.authority.x509_ttl,
-                settings.authority.jwt_ttl,
-                settings.authority.key_type,
-                settings.authority.publish_ahead,
-            ),
+            settings.rotation,
             clock,
             trust_domain,
         )
@@ -223,15 +216,13 @@ def _api(
     is_ready: Callable[[], bool],
 ) -> Api:
     trust_domain = TrustDomain(settings.trust_domain)
-    lives = settings.svids
-    profile = X509Profile(lives.x509_ttl, lives.x509_max_ttl, lives.backdate)
     svids = SvidService(
         store,
         hub,
         rotator,
         clock,
-        check_profile(profile, clock.now()),
-        JwtProfile(lives.jwt_ttl, lives.jwt_max_ttl, lives.jwt_issuer),
+        check_profile(settings.x509_profile, clock.now()),
+        settings.jwt_profile,
         trust_domain,
         metrics.on_issued,
     )

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from ca.jwt import JwtProfile
+from ca.rotator import RotationSettings
+from ca.x509 import X509Profile
+from spiffe_core.errors import MalformedError
 from spiffe_core.keys import KeyKind
 from spiffe_core.spiffeid import SpiffeId, SpiffeIdError, TrustDomain
 from spiffe_wire.logs import LEVELS
@@ -108,6 +112,9 @@ class ServerSettings:
             self._check_admin_id(one)
         if not 0 <= self.bind_port <= 65535:
             raise SettingsError("bind_port: must be 0 to 65535")
+        if self.svids.jwt_max_ttl > timedelta(hours=1):
+            raise SettingsError("svids.jwt_max_ttl: must be at most 1h (SEC-26)")
+        self._check_lives()
         if self.svids.agent_ttl < timedelta(seconds=10):
             raise SettingsError("svids.agent_ttl: must be at least 10s")
         if self.authority.x509_ttl < 2 * self.svids.x509_ttl:
@@ -116,12 +123,38 @@ class ServerSettings:
                 "short"
             )
 
+    def _check_lives(self) -> None:
+        try:
+            _ = self.x509_profile, self.jwt_profile
+        except MalformedError as error:
+            raise SettingsError(f"svids: {error}") from error
+        try:
+            _ = self.rotation
+        except MalformedError as error:
+            raise SettingsError(str(error)) from error
+
     def _check_admin_id(self, text: str) -> None:
         # Others' certificates are not asked for: TLS knows our own authorities alone (T-09).
         try:
             SpiffeId.parse(text).require_member(TrustDomain(self.trust_domain))
         except SpiffeIdError as error:
             raise SettingsError(f"admin_ids: {error}") from error
+
+    @property
+    def x509_profile(self) -> X509Profile:
+        """How X509-SVIDs are made."""
+        return X509Profile(self.svids.x509_ttl, self.svids.x509_max_ttl, self.svids.backdate)
+
+    @property
+    def jwt_profile(self) -> JwtProfile:
+        """How JWT-SVIDs are made."""
+        return JwtProfile(self.svids.jwt_ttl, self.svids.jwt_max_ttl, self.svids.jwt_issuer)
+
+    @property
+    def rotation(self) -> RotationSettings:
+        """How the authorities follow one another."""
+        life = self.authority
+        return RotationSettings(life.x509_ttl, life.jwt_ttl, life.key_type, life.publish_ahead)
 
     @property
     def admin_socket_path(self) -> Path:
