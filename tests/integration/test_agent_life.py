@@ -490,6 +490,7 @@ async def _polled_bundles(server: ServerCalls, agent: AgentProcess) -> None:
     partner = FakeCa("partner.test")
     await server.set_bundle(partner.bundle)
     (entry,) = await server.entries("/web")
+    old = await serial(agent)
     entry.federates_with.append("partner.test")
     await server.update_entry(entry)
     async with asking(agent) as stub:
@@ -498,3 +499,5 @@ async def _polled_bundles(server: ServerCalls, agent: AgentProcess) -> None:
         while "spiffe://partner.test" not in message.bundles:
             message = await read(call)
         assert message.bundles["spiffe://partner.test"] == partner.authority.der
+    while await serial(agent) == old:  # another revision is signed anew
+        await asyncio.sleep(0.01)
