@@ -21,10 +21,10 @@ demo: ## Server, agent, two workloads in mutual TLS, a refusal, a renewal (JSON=
 	@$(BOOT) run
 	@$(PY) -m demo $(if $(JSON),--json)
 
-test: ## The whole suite that needs pip alone (no root, no apt)
+test: ## The whole suite that needs pip alone (no root, no apt); JOBS=8 uses more cores
 	@$(BOOT) dev
 	@$(PY) tools/tiers.py
-	$(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not root and not docker"
+	$(PY) -m pytest -q -rs -n $(JOBS) --dist loadfile -m "not root and not docker"
 
 check: ## Before every commit: format, lint, types, import rules, unit tests
 	@$(BOOT) dev
@@ -52,7 +52,7 @@ bench: ## Every performance claim, as a ratio measured in one run
 test-root: ## PID reuse, other uids, namespaces (needs root; says what it leaves out)
 	@$(BOOT) dev
 	@$(PY) tools/tiers.py root
-	$(PY) -m pytest -q -m root tests
+	$(PY) -m pytest -q -rs -m root tests
 
 test-docker: ## Tests that need a container engine (says what it leaves out)
 	@$(BOOT) dev
