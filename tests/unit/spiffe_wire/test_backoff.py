@@ -5,9 +5,12 @@ from datetime import timedelta
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from spiffe_wire.backoff import Backoff
+
+patient = hypothesis_settings(deadline=None)  # the machine may be busy
 
 SECOND = timedelta(seconds=1)
 
@@ -24,6 +27,7 @@ class Always(random.Random):
         return self._value
 
 
+@patient
 @given(
     st.timedeltas(timedelta(milliseconds=1), timedelta(minutes=1)),
     st.integers(1, 10_000),

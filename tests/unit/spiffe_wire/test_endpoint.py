@@ -2,9 +2,12 @@
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from spiffe_wire.endpoint import EndpointError, TcpEndpoint, UnixEndpoint, parse_endpoint
+
+patient = hypothesis_settings(deadline=None)  # the machine may be busy
 
 UNIX = "unix:///run/x/agent.sock"
 TCP = "tcp://127.0.0.1:8000"
@@ -62,6 +65,7 @@ def test_wep_12_every_foreign_character_in_every_place(text: str) -> None:
                 parse_endpoint(text[:at] + chr(code) + text[at:])
 
 
+@patient
 @given(st.text(max_size=40))
 def test_any_text_is_an_endpoint_or_an_error(text: str) -> None:
     """Whatever it is, it is parsed and prints back as what it means, or it is refused."""
@@ -73,6 +77,7 @@ def test_any_text_is_an_endpoint_or_an_error(text: str) -> None:
         assert parse_endpoint(str(found)) == found
 
 
+@patient
 @given(st.from_regex(r"/[!$&-.0-;=@-~]{1,60}", fullmatch=True))
 def test_wep_13_any_absolute_path(path: str) -> None:
     """WEP-13: an absolute path is taken as it stands; nothing in it is decoded or shortened."""
@@ -83,6 +88,7 @@ def test_wep_13_any_absolute_path(path: str) -> None:
     )
 
 
+@patient
 @given(st.ip_addresses(), st.integers(1, 65535))
 def test_wep_14_any_address(address: object, port: int) -> None:
     """WEP-14: any IP address with any port is an endpoint."""

@@ -8,9 +8,12 @@ from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from spiffe_wire.logs import LEVELS, JsonFormatter, TextFormatter, event, set_up
+
+patient = hypothesis_settings(deadline=None)  # the machine may be busy
 
 CANARY = "s3cret-canary"
 SECRET_NAMES = [
@@ -83,6 +86,7 @@ def test_sec_91_control_characters_are_escaped(style: str, character: str) -> No
     assert not set(line[:-1]) & set(CONTROL)
 
 
+@patient
 @given(st.text(), st.text(), st.text())
 def test_sec_91_json_there_and_back(name: str, value: str, error: str) -> None:
     """SEC-91: a JSON line is one line, and holds exactly what was logged."""
@@ -95,6 +99,7 @@ def test_sec_91_json_there_and_back(name: str, value: str, error: str) -> None:
     assert set(found) == {"time", "level", "event", "logger", "why", "error"}
 
 
+@patient
 @given(st.text(), st.text())
 def test_sec_91_text_is_one_line(value: str, error: str) -> None:
     """SEC-91: a line of text is one line that every stream can take."""

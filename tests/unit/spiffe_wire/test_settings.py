@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import yaml
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from issuer.config import ServerSettings
@@ -28,6 +29,8 @@ from spiffe_wire.settings import (
     setting,
 )
 from workload_api.agent.config import AgentSettings
+
+patient = hypothesis_settings(deadline=None)  # the machine may be busy
 
 
 class Colour(enum.Enum):
@@ -269,6 +272,7 @@ def test_sec_95_impossible_values_have_their_path(kind: type, text: str, why: st
 # One description.
 
 
+@patient
 @given(st.timedeltas(timedelta(0), timedelta(days=4000)))
 def test_durations_there_and_back(value: timedelta) -> None:
     """A duration is written in the form that is read."""
@@ -354,6 +358,7 @@ TREES = st.fixed_dictionaries(
 SCHEMA = jsonschema.Draft202012Validator(json_schema(Everything))
 
 
+@patient
 @given(TREES)
 def test_what_the_loader_takes_the_schema_takes(tree: dict[str, Any]) -> None:
     """The schema refuses nothing that the loader accepts."""
@@ -365,6 +370,7 @@ def test_what_the_loader_takes_the_schema_takes(tree: dict[str, Any]) -> None:
     SCHEMA.validate(yaml.safe_load(text))
 
 
+@patient
 @given(TREES)
 def test_what_the_schema_takes_the_loader_takes(tree: dict[str, Any]) -> None:
     """What the schema accepts the loader accepts, save for what only a meaning can refuse."""
@@ -378,6 +384,7 @@ def test_what_the_schema_takes_the_loader_takes(tree: dict[str, Any]) -> None:
         assert any(one in str(error) for one in meaning)  # JSON's 1.0 is a whole number
 
 
+@patient
 @given(st.text(max_size=60))
 def test_sec_96_any_text_is_settings_or_an_error(text: str) -> None:
     """SEC-96: whatever the file holds, it is loaded or refused by a SettingsError."""
@@ -395,6 +402,7 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
+@patient
 @given(st.lists(PIECES, max_size=14).map("".join))
 def test_sec_96_any_yaml_is_settings_or_an_error(text: str) -> None:
     """SEC-96: whatever YAML's own words make together, it is loaded or refused by us."""
@@ -404,6 +412,7 @@ def test_sec_96_any_yaml_is_settings_or_an_error(text: str) -> None:
         pass
 
 
+@patient
 @given(
     st.dictionaries(
         st.sampled_from(["COUNT", "FLAG", "UIDS", "MAYBE", "INNER__PAUSE", "HUE"]),

@@ -4,6 +4,7 @@ import grpc
 import pytest
 from google.protobuf import any_pb2
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from spiffe_core import errors
@@ -13,6 +14,8 @@ from spiffe_wire.pb._pool import message
 from spiffe_wire.pb.google.rpc import status_pb2
 from spiffe_wire.pb.spire.api.types import status_pb2 as types_status_pb2
 from spiffe_wire.status import DETAILS_KEY, STATUS, error_of, status_of
+
+patient = hypothesis_settings(deadline=None)  # the machine may be busy
 
 ERRORS = [
     one
@@ -146,6 +149,7 @@ def test_only_a_denial_has_a_reason() -> None:
     assert type(back) is errors.NotReadyError
 
 
+@patient
 @given(st.binary(max_size=60), st.sampled_from(list(grpc.StatusCode)), st.text(max_size=20))
 def test_any_answer_is_an_error_of_ours(
     details: bytes, code: grpc.StatusCode, text: str
