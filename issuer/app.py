@@ -36,6 +36,7 @@ from issuer.services.hub import Hub
 from issuer.services.ratelimit import RateLimit
 from issuer.services.refusals import RefusalLog
 from issuer.services.svids import SvidService
+from issuer.store.engine import StoreError, unusable
 from issuer.store.rows import PRUNE_ROWS
 from issuer.store.store import Repositories, SqlJournal, Store
 from issuer.telemetry.metrics import ServerMetrics
@@ -173,9 +174,12 @@ async def serve(
             clock,
             trust_domain,
         )
-        await rotator.start()
         hub = Hub(store, trust_domain)
-        await hub.hydrate()
+        try:
+            await rotator.start()
+            await hub.hydrate()
+        except StoreError as error:
+            raise unusable(settings.database) from error
         metrics = ServerMetrics()
         running: list[Server] = []
         api = _api(settings, store, hub, rotator, clock, metrics, lambda: running[0].is_ready())

@@ -113,7 +113,7 @@ class DiskKeyManager:
             # What a damaged file looks like to the parser is not ours to know.
             raise KeyStoreError(f"{path} is damaged: restore it from a backup") from error
         if not isinstance(private, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
-            raise KeyStoreError(f"{path} holds a key of another kind")
+            raise KeyStoreError(f"{path} holds a key of another kind: restore it from a backup")
         return SigningKey(key_id, purpose, _checked(private, path))
 
 
@@ -214,7 +214,10 @@ def read_private_file(path: Path) -> bytes:
         with os.fdopen(os.open(path, flags), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-                raise KeyStoreError(f"{path} must be a plain file that belongs to this user")
+                raise KeyStoreError(
+                    f"{path} must be a plain file that belongs to this user: restore it from a "
+                    "backup"
+                )
             if found.st_mode & 0o077:
                 raise KeyStoreError(f"{path} is open to others: chmod 0600 {path}")
             data = file.read(MAX_FILE_BYTES + 1)
@@ -223,5 +226,5 @@ def read_private_file(path: Path) -> bytes:
             f"cannot read {path}: {error.strerror}; restore it from a backup"
         ) from error
     if len(data) > MAX_FILE_BYTES:
-        raise KeyStoreError(f"{path} is too long to be a key")
+        raise KeyStoreError(f"{path} is too long to be a key: restore it from a backup")
     return data

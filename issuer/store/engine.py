@@ -146,7 +146,7 @@ def prepare(path: Path, trust_domain: TrustDomain) -> Engine:
         migrate.claim(engine, trust_domain, path)
     except (SQLAlchemyError, UnicodeDecodeError) as error:
         engine.dispose()
-        raise _unusable(path, _code_of(error)) from error
+        raise unusable(path, _code_of(error)) from error
     except BaseException:
         engine.dispose()
         raise
@@ -191,12 +191,12 @@ def _check_content(path: Path) -> None:
         with contextlib.closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise _unusable(path, getattr(error, "sqlite_errorcode", 0) & 0xFF) from error
+        raise unusable(path, getattr(error, "sqlite_errorcode", 0) & 0xFF) from error
     if verdict != "ok":
-        raise _unusable(path)
+        raise unusable(path)
 
 
-def _unusable(path: Path, code: int = 0) -> PreconditionError:
+def unusable(path: Path, code: int = 0) -> PreconditionError:
     """Why a server cannot begin with the database at *path*, and what to do."""
     return PreconditionError(f"{path} {_UNUSABLE.get(code, _DAMAGED)}")
 
