@@ -12,6 +12,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from jwt.algorithms import Algorithm
 
 from ca.keys.protocol import KeyPurpose, PrivateKey, SigningKey
+from ca.template import TbsTemplate
 from spiffe_core.authority import X509Authority
 from spiffe_core.jwtsvid import algorithms_of
 from spiffe_core.lifetime import Validity
@@ -76,6 +77,12 @@ class ActiveX509:
                 self.authority_key_identifier.oid, False, self.authority_key_identifier
             ),
         )
+
+    @cached_property
+    def template(self) -> TbsTemplate | None:
+        """What leaves share, encoded; None when only the library's builder can make them."""
+        key = self.private
+        return TbsTemplate.of(self.issuer_name, self.leaf_extensions, key, signature_hash(key))
 
     @property
     def private(self) -> PrivateKey:

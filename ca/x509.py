@@ -9,6 +9,7 @@ once; and the finished DER is parsed back and compared before it leaves.
 import secrets
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final
 
 from cryptography import x509
@@ -17,10 +18,16 @@ from cryptography.x509.oid import NameOID
 
 from ca.active import ActiveX509, key_usage, signature_hash
 from ca.keys.protocol import KeyPurpose, PrivateKey, SigningKey
+from ca.template import TbsTemplate, extension_der, key_id_der
 from spiffe_core.authority import X509Authority
 from spiffe_core.entry import MAX_DNS_NAMES, check_dns_name
 from spiffe_core.errors import InternalError, MalformedError, NotReadyError
-from spiffe_core.keys import check_certificate_size, key_identifier_of, key_of_spki
+from spiffe_core.keys import (
+    check_certificate_size,
+    encoded_key,
+    key_identifier_of,
+    key_of_spki,
+)
 from spiffe_core.lifetime import Validity
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
 from spiffe_core.x509svid import X509Svid
@@ -159,8 +166,11 @@ def sign_x509(prepared: PreparedX509) -> SignedX509:
     prepared.spend()
     authority = prepared.authority
     leaf = leaf_of(prepared)
-    certificate = _builder(prepared, leaf).sign(leaf.signer, signature_hash(leaf.signer))
-    der = certificate.public_bytes(serialization.Encoding.DER)
+    template = authority.template
+    if template is None:
+        der = built(prepared, leaf).public_bytes(serialization.Encoding.DER)
+    else:
+        der = template.sign(tbs_of(template, prepared, leaf), leaf.signer)
     svid = compared(der, prepared, leaf)
     return SignedX509(svid, authority.authority.authority_id, prepared.clamped)
 
@@ -235,13 +245,49 @@ _NO_SUBJECT: Final = x509.Name([])
 
 
 @dataclass(frozen=True, slots=True)
+class LeafNames:
+    """Whom a leaf names, in the library's values and encoded."""
+
+    subject: x509.Name
+    extension: x509.Extension[x509.ExtensionType]
+    subject_der: bytes
+    extension_der: bytes
+
+
+@lru_cache(maxsize=1024)  # at most 40 KB each, and 1 KB as a rule
+def names_of(spiffe_id: SpiffeId, dns_names: tuple[str, ...]) -> LeafNames:
+    """Return how a leaf names *spiffe_id* and *dns_names*."""
+    # X509-06: an empty subject needs a critical SAN; a first DNS name goes into the subject
+    # too, for clients that still look there (SPIRE API 7.1).
+    subject = _NO_SUBJECT
+    if dns_names and len(dns_names[0]) <= 64:
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, dns_names[0])])
+    names = x509.SubjectAlternativeName(
+        [
+            x509.UniformResourceIdentifier(spiffe_id.uri),
+            *(x509.DNSName(name) for name in dns_names),
+        ]
+    )
+    extension: x509.Extension[x509.ExtensionType] = x509.Extension(
+        names.oid, subject is _NO_SUBJECT, names
+    )
+    return LeafNames(subject, extension, subject.public_bytes(), extension_der(extension))
+
+
+@dataclass(frozen=True, slots=True)
 class Leaf:
     """What a prepared certificate is to hold, in the library's values."""
 
-    subject: x509.Name
+    names: LeafNames
     public: Any
+    key_id: bytes
     signer: PrivateKey = field(repr=False)
     extensions: list[x509.Extension[x509.ExtensionType]]
+
+    @property
+    def subject(self) -> x509.Name:
+        """The subject."""
+        return self.names.subject
 
 
 def leaf_of(prepared: PreparedX509) -> Leaf:
@@ -252,33 +298,39 @@ def leaf_of(prepared: PreparedX509) -> Leaf:
         KeyRefusedError: its public key is not one that a leaf may have.
     """
     public: Any = key_of_spki(prepared.public_key)  # checked: RSA, EC or Ed25519
-    # X509-06: an empty subject needs a critical SAN; a first DNS name goes into the subject
-    # too, for clients that still look there (SPIRE API 7.1).
-    subject = _NO_SUBJECT
-    if prepared.dns_names and len(prepared.dns_names[0]) <= 64:
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, prepared.dns_names[0])])
-    names = x509.SubjectAlternativeName(
-        [
-            x509.UniformResourceIdentifier(prepared.spiffe_id.uri),
-            *(x509.DNSName(name) for name in prepared.dns_names),
-        ]
-    )
-    key_id = x509.SubjectKeyIdentifier(key_identifier_of(prepared.public_key, public))
+    names = names_of(prepared.spiffe_id, prepared.dns_names)
+    key_id = key_identifier_of(prepared.public_key, public)
     return Leaf(
-        subject,
+        names,
         public,
+        key_id,
         prepared.authority.private,
         [
             *prepared.authority.leaf_extensions,
-            x509.Extension(names.oid, subject is _NO_SUBJECT, names),
-            x509.Extension(key_id.oid, False, key_id),
+            names.extension,
+            x509.Extension(_KEY_ID, False, x509.SubjectKeyIdentifier(key_id)),
         ],
     )
 
 
-def _builder(prepared: PreparedX509, leaf: Leaf) -> x509.CertificateBuilder:
+_KEY_ID: Final = x509.SubjectKeyIdentifier.oid
+
+
+def tbs_of(template: TbsTemplate, prepared: PreparedX509, leaf: Leaf) -> bytes:
+    """Return what is signed, as the template writes it: byte for byte what `built` signs."""
+    return template.tbs(
+        serial=prepared.serial_number,
+        validity=prepared.validity,
+        subject=leaf.names.subject_der,
+        spki=encoded_key(prepared.public_key, leaf.public),
+        own=leaf.names.extension_der + key_id_der(leaf.key_id),
+    )
+
+
+def built(prepared: PreparedX509, leaf: Leaf) -> x509.Certificate:
+    """Return the certificate as the library makes it."""
     # In one step: its setters copy it each time, which would be a tenth of the issuance.
-    return x509.CertificateBuilder(
+    builder = x509.CertificateBuilder(
         issuer_name=prepared.authority.issuer_name,
         subject_name=leaf.subject,
         public_key=leaf.public,
@@ -287,6 +339,7 @@ def _builder(prepared: PreparedX509, leaf: Leaf) -> x509.CertificateBuilder:
         not_valid_after=prepared.validity.not_after.replace(tzinfo=None),
         extensions=leaf.extensions,
     )
+    return builder.sign(leaf.signer, signature_hash(leaf.signer))
 
 
 def compared(der: bytes, prepared: PreparedX509, leaf: Leaf) -> X509Svid:

@@ -174,6 +174,12 @@ def spki_of(key: PublicKeyTypes) -> bytes:
     )
 
 
+def encoded_key(spki: bytes, key: PublicKeyTypes) -> bytes:
+    """Return what `spki_of` does, for a *key* that `key_of_spki` found in *spki*."""
+    named = NAMED.get(key.curve.name) if isinstance(key, ec.EllipticCurvePublicKey) else None
+    return spki if named is not None and spki.startswith(named) else spki_of(key)
+
+
 def key_identifier_of(spki: bytes, key: PublicKeyTypes) -> bytes:
     """
     Return SHA-1 of the key bits (RFC 5280 4.2.1.2, method 1); *key* is what *spki* says.
