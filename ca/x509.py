@@ -144,10 +144,16 @@ def prepare_x509(
         raise NotReadyError("the X.509 authority has expired; it is renewed by itself")
     # Were a short life backdated by more, it would be due for renewal as soon as it begins.
     begin = second - min(profile.backdate, timedelta(seconds=(end - second) // _SECOND // 4))
+    begin = max(begin, ends.not_before)
+    if end <= begin:
+        raise NotReadyError(
+            "the X.509 authority begins later than this clock says: put the clock right, then "
+            "start again"
+        )
     return PreparedX509(
         spiffe_id,
         public_key,
-        Validity(max(begin, ends.not_before), end),
+        Validity(begin, end),
         dns_names,
         random_serial(),
         end - second < wanted,

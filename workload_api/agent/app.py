@@ -105,10 +105,7 @@ async def serve(settings: AgentSettings, join_token: str = "") -> AsyncIterator[
         node = NodeIdentity(trust_domain, storage, cache, _now)
         known = await node.load()
         if not known and not join_token and not served_before:
-            raise NoWayToAttestError(
-                "this agent has no identity and no join token: make one with `issuer token "
-                "generate` on the server, and start with --join-token-file FILE"
-            )
+            raise NoWayToAttestError(node.what_to_do())
         dialer = await stack.enter_async_context(
             Dialer(
                 settings.server.address,
@@ -151,6 +148,8 @@ async def _run(
             syncer.state.problem = dialer.problem or str(error)
             event(_log, logging.WARNING, "attestation_failed", why=syncer.state.problem)
             if not dialer.problem and error.kind not in _PASSING:
+                if node.expired_at is not None and join_token:
+                    raise NoWayToAttestError(f"{error}; {node.what_to_do()}") from error
                 raise
             await asyncio.sleep(backoff.next().total_seconds())
     await syncer.run()

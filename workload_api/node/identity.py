@@ -76,6 +76,8 @@ class NodeIdentity:
     cache: WorkloadCache
     now: Callable[[], datetime]
     svid: X509Svid | None = None
+    expired_at: datetime | None = None
+    """When the identity on disk ended, if it has."""
     _key: bytes = field(default=b"", repr=False)
 
     async def load(self) -> bool:
@@ -92,8 +94,10 @@ class NodeIdentity:
                 f"the identity on disk is of {svid.spiffe_id.trust_domain}: use another "
                 f"data_dir for {self.trust_domain}"
             )
-        if not svid.validity.covers(self.now()):
-            event(_log, logging.WARNING, "own_svid_expired", at=svid.validity.not_after)
+        # One that has not begun yet is for the server to judge: our clock may be behind.
+        if self.now() > svid.validity.not_after:
+            self.expired_at = svid.validity.not_after
+            event(_log, logging.WARNING, "own_svid_expired", at=self.expired_at)
             return False
         self.svid, self._key = svid, state.key
         return True
@@ -131,10 +135,7 @@ class NodeIdentity:
             SpiffeError: what the server said.
         """
         if not join_token:
-            raise NoWayToAttestError(
-                "this agent has no identity and no join token: make one with `issuer token "
-                "generate` and start with --join-token-file"
-            )
+            raise NoWayToAttestError(self.what_to_do())
         state = await asyncio.to_thread(self.storage.load_node)
         # The key is kept before the token is spent: if the reply is lost, the same key and
         # token are answered again for a minute.
@@ -178,6 +179,24 @@ class NodeIdentity:
             raise error_of(error) from error
         await self._take(tuple(answer.svid.cert_chain), key)
         event(_log, logging.INFO, "own_svid_renewed", until=self._own().validity.not_after)
+
+    def is_good(self) -> bool:
+        """True while our own SVID has not ended, by our own clock."""
+        return self.svid is not None and self.now() <= self.svid.validity.not_after
+
+    def what_to_do(self) -> str:
+        """What an operator does about an agent that has no good identity."""
+        why = "this agent has no identity"
+        if self.expired_at is not None:
+            why = (
+                f"this agent's SVID ended at {self.expired_at:%Y-%m-%d %H:%M:%S} UTC, while it "
+                "was stopped (or is its clock wrong?), and a join token is good for one join"
+            )
+        return (
+            f"{why}: make a new token with `issuer token generate` on the server, and start "
+            "with --join-token-file FILE; it will be another agent, so entries below the old "
+            "one need its ID as their parent"
+        )
 
     def renew_due(self) -> bool:
         """True from half-life on, and once the authority that signed us is tainted."""

@@ -212,6 +212,8 @@ class Signer:
             if authority_id and authority_id not in trusted:
                 # Nobody who holds our bundle could verify it; nor could the workload's peers.
                 return self._refuse(entry, "the SVID is of an authority we do not know yet")
+            if svid.validity.not_after < self.now():
+                return self._refuse(entry, "the SVID has ended already: compare the clocks")
             held = HeldSvid(
                 svid.spiffe_id,
                 entry.revision_number,

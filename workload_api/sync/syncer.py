@@ -265,6 +265,10 @@ class Syncer:
         self.state.problem = str(error)
         if error.reason in (DenialReason.UNKNOWN, DenialReason.AGENT_MUST_REATTEST):
             return
+        if error.reason is DenialReason.AGENT_EXPIRED and self.node.is_good():
+            # SEC-111: a wrong clock is put right one day; what is good is kept until then.
+            self.state.problem = "the server takes our SVID for expired: compare the clocks"
+            return
         event(_log, logging.ERROR, "agent_denied", reason=error.reason.name)
         self.state.connected = False
         self.state.denied = error
@@ -304,6 +308,8 @@ class Syncer:
                     self._switched += 1
                     self.dialer.cut()
                 crash_point("agent.switched_over")
+                if self.node.renew_due():
+                    raise NotReadyError("the new SVID is due for renewal: compare the clocks")
                 backoff.reset()
             except AgentDeniedError as error:
                 await self._denied(error)
