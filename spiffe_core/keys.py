@@ -6,7 +6,7 @@ Source: SEC-14 (size before parsing), SEC-15, IOP-07, SPIRE API 5.6 (authority I
 
 import enum
 import hashlib
-from typing import Final
+from typing import Final, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -51,6 +51,19 @@ def check_certificate_size(der: bytes) -> None:
         raise KeyRefusedError(f"certificate is longer than {MAX_CERTIFICATE_BYTES} bytes")
 
 
+class CheckedSpki(bytes):
+    """The SubjectPublicKeyInfo of a *key* that was checked, so that none reads it again."""
+
+    key: PublicKeyTypes
+
+    @classmethod
+    def of(cls, spki: bytes, key: PublicKeyTypes) -> Self:
+        """Return *spki*, which `spki_of` made of a *key* that `check_public_key` returned."""
+        made = cls(spki)
+        made.key = key
+        return made
+
+
 def key_of_spki(der: bytes) -> PublicKeyTypes:
     """
     Parse a SubjectPublicKeyInfo and check its kind (SEC-15).
@@ -58,6 +71,8 @@ def key_of_spki(der: bytes) -> PublicKeyTypes:
     Raises:
         KeyRefusedError: unreadable, or of a kind we do not accept.
     """
+    if isinstance(der, CheckedSpki):
+        return der.key
     if len(der) > MAX_CERTIFICATE_BYTES:
         raise KeyRefusedError("public key is too long")
     try:
@@ -96,6 +111,7 @@ NAMED: Final = {
     "secp521r1": bytes.fromhex("30819b301006072a8648ce3d020106052b810400230381860004"),
 }
 """All of a SubjectPublicKeyInfo before the coordinates: curve by name, point not compressed."""
+_ALL_NAMED: Final = tuple(NAMED.values())
 
 
 def check_public_key(key: PublicKeyTypes) -> PublicKeyTypes:
@@ -105,11 +121,11 @@ def check_public_key(key: PublicKeyTypes) -> PublicKeyTypes:
     Raises:
         KeyRefusedError: another algorithm, curve, size or exponent, or a ROCA key.
     """
-    if isinstance(key, rsa.RSAPublicKey):
-        _check_rsa(key)
-    elif isinstance(key, ec.EllipticCurvePublicKey):
+    if isinstance(key, ec.EllipticCurvePublicKey):
         if not isinstance(key.curve, _CURVES):
             raise KeyRefusedError("EC keys must be on P-256, P-384 or P-521")
+    elif isinstance(key, rsa.RSAPublicKey):
+        _check_rsa(key)
     elif not isinstance(key, ed25519.Ed25519PublicKey):
         raise KeyRefusedError("keys must be RSA, EC or Ed25519")
     return key
@@ -176,8 +192,7 @@ def spki_of(key: PublicKeyTypes) -> bytes:
 
 def encoded_key(spki: bytes, key: PublicKeyTypes) -> bytes:
     """Return what `spki_of` does, for a *key* that `key_of_spki` found in *spki*."""
-    named = NAMED.get(key.curve.name) if isinstance(key, ec.EllipticCurvePublicKey) else None
-    return spki if named is not None and spki.startswith(named) else spki_of(key)
+    return spki if spki.startswith(_ALL_NAMED) else spki_of(key)
 
 
 def key_identifier_of(spki: bytes, key: PublicKeyTypes) -> bytes:
@@ -186,9 +201,9 @@ def key_identifier_of(spki: bytes, key: PublicKeyTypes) -> bytes:
 
     An EC key's bits stand at the end of *spki*; the library would encode the key for them.
     """
-    named = NAMED.get(key.curve.name) if isinstance(key, ec.EllipticCurvePublicKey) else None
-    if named is not None and spki.startswith(named):
-        return hashlib.sha1(spki[len(named) - 1 :], usedforsecurity=False).digest()
+    for named in _ALL_NAMED:
+        if spki.startswith(named):
+            return hashlib.sha1(spki[len(named) - 1 :], usedforsecurity=False).digest()
     return x509.SubjectKeyIdentifier.from_public_key(key).digest  # type: ignore[arg-type]
 
 

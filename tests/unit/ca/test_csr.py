@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ca.csr import CsrError, MintRequest, mint_request_of, public_key_of
-from ca.x509 import leaf_of, sign_x509
-from spiffe_core.keys import KeyKind, spki_of
+from ca.x509 import LintError, leaf_of, sign_x509
+from spiffe_core.keys import CheckedSpki, KeyKind, key_of_spki, spki_of
 from spiffe_core.spiffeid import SpiffeId
 from tests.support import der
 from tests.support.authorities import a_key, key_usage
@@ -219,6 +219,49 @@ def test_sec_20_keys_that_are_taken(kind: str) -> None:
     """SEC-20, IOP-07: the key that comes out is the one that signed the request."""
     csr = PLAIN.but(kind=kind).der
     assert public_key_of(csr) == spki_of(a_key(kind, "csr").public_key())
+
+
+@pytest.mark.parametrize("digest", ["sha256", "sha384", "sha512"])
+@pytest.mark.parametrize("kind", ["p256", "p384", "p521", "rsa2048"])
+def test_sec_20_every_signature_is_checked(kind: str, digest: str) -> None:
+    """SEC-20, SEC-15: with each key and hash, a request counts with its own signature alone."""
+    right = PLAIN.but(kind=kind, digest=digest)
+    assert public_key_of(right.der) == spki_of(a_key(kind, "csr").public_key())
+    others = right.but(subject=name("else"))
+    for wrong in (
+        right.but(signer=a_key(kind, "evil")),
+        right.but(signature=bytes(sign(a_key(kind, "csr"), others.der, digest))),
+        right.but(signature=b"\x30\x00"),
+        right.but(signature=bytes(64)),
+    ):
+        with pytest.raises(CsrError, match="not signed by its own key"):
+            public_key_of(wrong.der)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [("p256", "rsa2048"), ("rsa2048", "p256"), ("ed25519", "p256"), ("p256", "ed25519")],
+)
+def test_sec_20_an_algorithm_of_another_key(kind: str, other: str) -> None:
+    """SEC-20: a signature that is said to be of another kind than the key is refused."""
+    wrong = PLAIN.but(kind=kind, algorithm=algorithm_of(a_key(other, "csr"), "sha256"))
+    with pytest.raises(CsrError):
+        public_key_of(wrong.der)
+
+
+@pytest.mark.parametrize("kind", ["p256", "p384", "p521", "rsa2048", "ed25519"])
+def test_sec_15_the_key_is_read_once(kind: str) -> None:
+    """SEC-15: with its bytes comes the key that was checked, and they are one and the same."""
+    spki = public_key_of(PLAIN.but(kind=kind).der)
+    assert key_of_spki(spki) is key_of_spki(spki)
+    assert key_of_spki(spki) == key_of_spki(bytes(spki)) == a_key(kind, "csr").public_key()
+
+
+def test_sec_24_bytes_of_one_key_and_another() -> None:
+    """SEC-24: were a key not the one that its bytes say, no certificate would leave."""
+    mixed = CheckedSpki.of(KEY, a_key("p256", "evil").public_key())
+    with pytest.raises(LintError, match="thrown away"):
+        sign_x509(prepared(public_key=mixed))
 
 
 @pytest.mark.parametrize(("size", "good"), [(16384, True), (16385, False)])
