@@ -8,7 +8,7 @@ import jwt
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, SignatureAlgorithmOID
 from jwt.algorithms import Algorithm
 
 from ca.keys.protocol import KeyPurpose, PrivateKey, SigningKey
@@ -79,6 +79,14 @@ class ActiveX509:
         )
 
     @cached_property
+    def signature_oid(self) -> x509.ObjectIdentifier:
+        """The algorithm that leaves are signed with."""
+        key = self.private
+        if isinstance(key, ec.EllipticCurvePrivateKey):
+            return _ECDSA_OIDS[signature_hash(key).name]
+        return SignatureAlgorithmOID.RSA_WITH_SHA256
+
+    @cached_property
     def template(self) -> TbsTemplate | None:
         """What leaves share, encoded; None when only the library's builder can make them."""
         key = self.private
@@ -123,6 +131,12 @@ class ActiveJwt:
         """The first part of every token (JWT-01, JWT-08): the same until the key changes."""
         members = {"alg": self.algorithm, "kid": self.key_id, "typ": "JWT"}
         return b64url_encode(dumps(members))
+
+
+_ECDSA_OIDS: Final = {
+    "sha256": SignatureAlgorithmOID.ECDSA_WITH_SHA256,
+    "sha384": SignatureAlgorithmOID.ECDSA_WITH_SHA384,
+}
 
 
 def signature_hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:

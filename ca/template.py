@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -43,7 +43,8 @@ class TbsTemplate:
     """What the leaves of one authority share, encoded."""
 
     algorithm: bytes
-    digest: hashes.HashAlgorithm
+    scheme: tuple[Any, ...]
+    """What the key's ``sign`` takes behind the bytes."""
     issuer: bytes
     extensions: bytes
 
@@ -59,8 +60,10 @@ class TbsTemplate:
         algorithm = _ALGORITHMS.get((_kind_of(key), digest.name))
         if algorithm is None or not all(map(_is_writable, extensions)):
             return None
+        is_rsa = isinstance(key, rsa.RSAPrivateKey)
+        scheme = (padding.PKCS1v15(), digest) if is_rsa else (ec.ECDSA(digest),)
         shared = [extension_der(one) for one in extensions]
-        return cls(algorithm, digest, issuer.public_bytes(), b"".join(shared))
+        return cls(algorithm, scheme, issuer.public_bytes(), b"".join(shared))
 
     def tbs(
         self, *, serial: int, validity: Validity, subject: bytes, spki: bytes, own: bytes
@@ -80,10 +83,7 @@ class TbsTemplate:
 
     def sign(self, tbs: bytes, key: PrivateKey) -> bytes:
         """Return the certificate, signed by the key that the template was made for."""
-        if isinstance(key, rsa.RSAPrivateKey):
-            signature = key.sign(tbs, padding.PKCS1v15(), self.digest)
-        else:
-            signature = key.sign(tbs, ec.ECDSA(self.digest))
+        signature: bytes = key.sign(tbs, *self.scheme)
         return tlv(_SEQUENCE, tbs + self.algorithm + tlv(_BIT_STRING, b"\0" + signature))
 
 

@@ -361,7 +361,7 @@ def compared(der: bytes, prepared: PreparedX509, leaf: Leaf) -> X509Svid:
         extensions = list(parsed.extensions)
         same = (
             parsed.version is x509.Version.v3
-            and type(parsed.signature_hash_algorithm) is type(signature_hash(leaf.signer))
+            and parsed.signature_algorithm_oid == prepared.authority.signature_oid
             and parsed.serial_number == prepared.serial_number
             and parsed.issuer == prepared.authority.issuer_name
             and parsed.not_valid_before_utc == prepared.validity.not_before
