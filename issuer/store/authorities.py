@@ -224,19 +224,11 @@ class IssuedRepository:
         Raises:
             NotReadyError: an authority was superseded meanwhile; nothing may be handed out.
         """
-        wanted = {row.authority_id for row in rows}
-        active = set(
-            self._connection.execute(
-                select(authorities.c.authority_id).where(
-                    authorities.c.authority_id.in_(wanted),
-                    authorities.c.state == AuthorityState.ACTIVE.value,
-                )
-            ).scalars()
-        )
-        if wanted - active:
+        active = set(self._connection.execute(_SIGNING).scalars())
+        if not {row.authority_id for row in rows} <= active:
             raise NotReadyError("the authority was superseded while it signed; ask again")
         self._connection.execute(
-            insert(issued),
+            _ISSUE,
             [
                 {
                     "kind": row.kind.value,
@@ -282,6 +274,11 @@ class IssuedRepository:
         return self._connection.execute(gone).rowcount
 
 
+# Made once: to put a statement together costs as much as a row.
+_SIGNING: Final = select(authorities.c.authority_id).where(
+    authorities.c.state == AuthorityState.ACTIVE.value
+)
+_ISSUE: Final = insert(issued)
 _NEVER: Final = datetime.fromtimestamp(0, UTC)
 
 
