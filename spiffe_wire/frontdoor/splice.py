@@ -27,7 +27,8 @@ class Leg(asyncio.Protocol):
     One side of a splice; `join` makes two of them a pair.
 
     *inspect* sees every byte first and may object; *objected* is told.  *stall* cuts a peer
-    that reads nothing for that long while something waits for it.
+        that reads nothing for
+    that long while something waits for it.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Leg(asyncio.Protocol):
         inspect: Callable[[bytes], None] | None = None,
         objected: Callable[[ConductError], None] = _nothing,
         stall: timedelta | None = None,
+        linger: float = LINGER_SECONDS,
     ) -> None:
         self.transport: asyncio.Transport | None = None
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -44,6 +46,7 @@ class Leg(asyncio.Protocol):
         self._inspect = inspect
         self._objected = objected
         self._stall = stall
+        self._linger = linger
         self._stalled: asyncio.TimerHandle | None = None
         self._other: Leg | None = None
         # uvloop ignores pause_reading() inside connection_made(): early bytes wait here.
@@ -137,7 +140,7 @@ class Leg(asyncio.Protocol):
         self.transport.close()
         if self.transport.get_write_buffer_size():
             loop = asyncio.get_running_loop()
-            timer = loop.call_later(LINGER_SECONDS, self.transport.abort)
+            timer = loop.call_later(self._linger, self.transport.abort)
             self.closed.add_done_callback(lambda _: timer.cancel())
 
     def close(self) -> None:

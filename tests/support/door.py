@@ -338,12 +338,18 @@ def workload_key() -> bytes:
 
 
 @contextlib.contextmanager
-def descriptors_left(most: int) -> Iterator[None]:
-    """Leave this process *most* more descriptors than it has, for the time of the block."""
+def no_descriptors_left() -> Iterator[None]:
+    """Leave this process not one more descriptor than it has, for the time of the block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(one) for one in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + most, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
+    taken: list[int] = []
     try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
         yield
     finally:
+        for one in taken:
+            os.close(one)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
