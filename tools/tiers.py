@@ -41,7 +41,7 @@ def root() -> None:
     if os.geteuid() != 0:
         left_out("every test marked root", "this user is not root")
         return
-    missing = [name for name in ("faketime",) if shutil.which(name) is None]
+    missing = [name for name in ("faketime", "strace") if shutil.which(name) is None]
     if missing and shutil.which("apt-get"):
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (
