@@ -12,7 +12,7 @@ from issuer.app import serve
 from issuer.config import ServerSettings
 from spiffe_core import crashpoints
 from spiffe_core.errors import SpiffeError
-from spiffe_wire import logs
+from spiffe_wire import descriptors, logs
 from spiffe_wire.logs import event
 
 _log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ def run_server(settings: ServerSettings, clock: Clock | None = None) -> int:
         SpiffeError: says what keeps it from starting, and what to do.
     """
     logs.set_up(settings.log_style.value, settings.log_level)
+    descriptors.raise_limit()
     crashpoints.arm(os.environ.get(crashpoints.VARIABLE, ""), lambda: os._exit(137))
 
     async def run() -> None:

@@ -50,11 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     import uvloop
 
     from spiffe_core import crashpoints
-    from spiffe_wire import logs
+    from spiffe_wire import descriptors, logs
     from workload_api.agent.app import serve
 
     settings = _settings(arguments.config)
     logs.set_up(settings.log_style.value, settings.log_level)
+    descriptors.raise_limit()
     crashpoints.arm(os.environ.get(crashpoints.VARIABLE, ""), lambda: os._exit(137))
     token_file = arguments.join_token_file or settings.join_token_file
     token = ""
