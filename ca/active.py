@@ -59,6 +59,11 @@ class ActiveX509:
         return self.certificate.subject
 
     @cached_property
+    def issuer_der(self) -> bytes:
+        """The same, encoded."""
+        return self.issuer_name.public_bytes()
+
+    @cached_property
     def authority_key_identifier(self) -> x509.AuthorityKeyIdentifier:
         """What leaves carry to find this authority."""
         extension = self.certificate.extensions.get_extension_for_class(

@@ -27,6 +27,7 @@ _UTC_TIME: Final = 0x17
 _GENERALIZED_TIME: Final = 0x18
 _SEQUENCE: Final = 0x30
 _EXTENSIONS: Final = 0xA3  # [3] EXPLICIT
+_LONG: Final = bytes.fromhex("3082")  # a SEQUENCE whose length takes two octets
 _VERSION_3: Final = bytes.fromhex("a003020102")
 _TRUE: Final = bytes.fromhex("0101ff")
 _ID_CE: Final = "2.5.29."  # every extension of a leaf; one octet more, below 128
@@ -62,8 +63,10 @@ class TbsTemplate:
             return None
         is_rsa = isinstance(key, rsa.RSAPrivateKey)
         scheme = (padding.PKCS1v15(), digest) if is_rsa else (ec.ECDSA(digest),)
-        shared = [extension_der(one) for one in extensions]
-        return cls(algorithm, scheme, issuer.public_bytes(), b"".join(shared))
+        encoded = issuer.public_bytes()
+        if x509.Name.from_bytes(encoded) != issuer:
+            return None
+        return cls(algorithm, scheme, encoded, b"".join(map(extension_der, extensions)))
 
     def tbs(
         self, *, serial: int, validity: Validity, subject: bytes, spki: bytes, own: bytes
@@ -71,10 +74,7 @@ class TbsTemplate:
         """Return the TBSCertificate; *own* are the extensions behind the shared ones."""
         return tlv(
             _SEQUENCE,
-            _VERSION_3
-            + tlv(_INTEGER, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
-            + self.algorithm
-            + self.issuer
+            _head(serial, self.algorithm, self.issuer)
             + tlv(_SEQUENCE, _time(validity.not_before) + _time(validity.not_after))
             + subject
             + spki
@@ -85,6 +85,22 @@ class TbsTemplate:
         """Return the certificate, signed by the key that the template was made for."""
         signature: bytes = key.sign(tbs, *self.scheme)
         return tlv(_SEQUENCE, tbs + self.algorithm + tlv(_BIT_STRING, b"\0" + signature))
+
+
+def has_issuer(der: bytes, *, serial: int, algorithm: bytes, issuer: bytes) -> bool:
+    """
+    True when *der*, which was read as version 3 with this *serial*, has this *issuer*.
+
+    Reading a name costs as much as a third of a signature.  Before the issuer stand version,
+    serial number and algorithm, and DER writes each in one way alone.  False says nothing:
+    the name is to be read then.
+    """
+    return der[:2] == der[4:6] == _LONG and der.startswith(_head(serial, algorithm, issuer), 8)
+
+
+def _head(serial: int, algorithm: bytes, issuer: bytes) -> bytes:
+    number = tlv(_INTEGER, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
+    return _VERSION_3 + number + algorithm + issuer
 
 
 def extension_der(extension: x509.Extension[x509.ExtensionType]) -> bytes:

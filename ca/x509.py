@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from ca.active import ActiveX509, key_usage, signature_hash
 from ca.keys.protocol import KeyPurpose, PrivateKey, SigningKey
-from ca.template import TbsTemplate, extension_der, key_id_der
+from ca.template import TbsTemplate, extension_der, has_issuer, key_id_der
 from spiffe_core.authority import X509Authority
 from spiffe_core.entry import MAX_DNS_NAMES, check_dns_name
 from spiffe_core.errors import InternalError, MalformedError, NotReadyError
@@ -363,7 +363,7 @@ def compared(der: bytes, prepared: PreparedX509, leaf: Leaf) -> X509Svid:
             parsed.version is x509.Version.v3
             and parsed.signature_algorithm_oid == prepared.authority.signature_oid
             and parsed.serial_number == prepared.serial_number
-            and parsed.issuer == prepared.authority.issuer_name
+            and _has_issuer(der, parsed, prepared)
             and parsed.not_valid_before_utc == prepared.validity.not_before
             and parsed.not_valid_after_utc == prepared.validity.not_after
             and parsed.subject == leaf.subject
@@ -378,3 +378,15 @@ def compared(der: bytes, prepared: PreparedX509, leaf: Leaf) -> X509Svid:
     if not same:
         raise LintError("what was signed is not what was prepared; it was thrown away")
     return X509Svid(prepared.spiffe_id, (der,), prepared.validity, prepared.serial_number)
+
+
+def _has_issuer(der: bytes, parsed: x509.Certificate, prepared: PreparedX509) -> bool:
+    authority, template = prepared.authority, prepared.authority.template
+    if template is not None and has_issuer(
+        der,
+        serial=prepared.serial_number,
+        algorithm=template.algorithm,
+        issuer=authority.issuer_der,  # not the template's, which is what is looked at here
+    ):
+        return True
+    return parsed.issuer == authority.issuer_name

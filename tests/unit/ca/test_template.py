@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import ca.x509
 from ca.active import ActiveX509, signature_hash
 from ca.keys.protocol import KeyPurpose, SigningKey
-from ca.template import TbsTemplate
+from ca.template import TbsTemplate, has_issuer
 from ca.x509 import (
     LintError,
     PreparedX509,
@@ -243,6 +243,25 @@ def test_sec_24_a_damaged_template_signs_nothing(part: str) -> None:
     active.__dict__["template"] = replace(right.template, **{part: wrong})
     with pytest.raises(LintError, match="thrown away"):
         issued(active)
+
+
+def test_sec_24_an_issuer_is_found_in_its_place_alone() -> None:
+    """SEC-24: the issuer's name counts where the issuer stands, behind what was read as is."""
+    made = a_leaf_to_be()
+    cert = built(made, leaf_of(made)).public_bytes(Encoding.DER)
+    assert made.authority.template is not None
+    right = {
+        "serial": made.serial_number,
+        "algorithm": made.authority.template.algorithm,
+        "issuer": made.authority.issuer_der,
+    }
+    assert has_issuer(cert, **right)
+    assert not has_issuer(cert[4:], **right)
+    assert not has_issuer(b"\0" + cert, **right)
+    assert not has_issuer(cert[:60], **right)
+    assert not has_issuer(cert, **right | {"serial": made.serial_number + 1})
+    assert not has_issuer(cert, **right | {"issuer": name("somebody else")})
+    assert not has_issuer(cert, **right | {"algorithm": b""})
 
 
 def test_sec_24_another_leafs_bytes_do_not_pass() -> None:
