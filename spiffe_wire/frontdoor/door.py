@@ -343,7 +343,7 @@ class FrontDoor:
         connection.places.callback(timer.cancel)
 
     def _expect_request(self, connection: _Connection) -> None:
-        if not connection.conduct.requested:
+        if connection in self._open and not connection.conduct.requested:
             self.refusals.note("no_request")
             self._cut(connection)
 
