@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
-import jwt
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID, SignatureAlgorithmOID
-from jwt.algorithms import Algorithm
 
 from ca.keys.protocol import KeyPurpose, PrivateKey, SigningKey
 from ca.template import TbsTemplate
@@ -126,10 +125,22 @@ class ActiveJwt:
         """RS256, ES256 or ES384, by the key (SPIRE API 7.3)."""
         return algorithms_of(self.private.public_key())[0]
 
+    def sign(self, data: bytes) -> bytes:
+        """Return the signature of *data* as a JWS carries it (RFC 7518 3.3, 3.4)."""
+        key, scheme = self._scheme
+        signature: bytes = key.sign(data, *scheme)
+        if isinstance(key, rsa.RSAPrivateKey):
+            return signature
+        # The curve's size twice, where X.509 has a SEQUENCE of two numbers.
+        size = (key.key_size + 7) // 8
+        return b"".join(one.to_bytes(size, "big") for one in decode_dss_signature(signature))
+
     @cached_property
-    def signer(self) -> Algorithm:
-        """The library's implementation of `algorithm`."""
-        return jwt.get_algorithm_by_name(self.algorithm)
+    def _scheme(self) -> tuple[Any, tuple[Any, ...]]:
+        key = self.private
+        if isinstance(key, rsa.RSAPrivateKey):
+            return key, (padding.PKCS1v15(), hashes.SHA256())
+        return key, (ec.ECDSA(signature_hash(key)),)
 
     @cached_property
     def header(self) -> str:

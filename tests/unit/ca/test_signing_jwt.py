@@ -5,6 +5,7 @@ import json
 from datetime import timedelta
 from typing import Any
 
+import jwt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -218,3 +219,23 @@ def test_sec_90_nothing_secret_in_a_repr() -> None:
     for shown in (repr(an_active_jwt()), repr(made), repr(made.svid)):
         assert made.svid.token not in shown
         assert str(number) not in shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "algorithm", "size", "times"),
+    [("p256", "ES256", 64, 600), ("p384", "ES384", 96, 300), ("rsa2048", "RS256", 256, 3)],
+)
+def test_jwt_04_signatures_of_one_length(
+    kind: str, algorithm: str, size: int, times: int
+) -> None:
+    """JWT-04: a signature has the length of its kind, numbers with leading zeros too."""
+    authority = an_active_jwt(kind)
+    public = authority.private.public_key()
+    assert authority.algorithm == algorithm
+    checker = jwt.get_algorithm_by_name(algorithm)
+    for number in range(times):
+        data = f"to be signed {number}".encode()
+        signature = authority.sign(data)
+        assert len(signature) == size
+        assert checker.verify(data, public, signature)
+        assert not checker.verify(data + b".", public, signature)
