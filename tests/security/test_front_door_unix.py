@@ -512,7 +512,7 @@ async def test_sec_31_descriptors_stay_flat() -> None:
 
 @on_both_loops
 async def test_disconnect_cuts_the_unwanted_alone() -> None:
-    """SEC-52: cutting by peer ends those connections at once, and no other."""
+    """Cutting by peer ends those connections at once, and no other."""
     async with a_door() as door, a_holder(door) as child:
         await say(child, OPENING + request(1, HOLD, b"x"))
         async with door.raw() as own:

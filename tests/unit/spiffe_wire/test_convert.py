@@ -97,7 +97,7 @@ def test_ids_there_and_back(spiffe_id: SpiffeId) -> None:
 @patient
 @given(st.frozensets(SELECTORS, max_size=6))
 def test_selectors_there_and_back(selectors: frozenset[Selector]) -> None:
-    """SPIRE API 3.8, SEC-03: a set of selectors comes back the same, in an order of its own."""
+    """SPIRE API 3.8: a set of selectors comes back the same, in an order of its own."""
     messages = selectors_to_wire(selectors)
     assert selectors_from_wire(messages) == selectors
     again = selectors_to_wire(sorted(selectors, reverse=True))

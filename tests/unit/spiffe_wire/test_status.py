@@ -58,7 +58,7 @@ def test_every_kind_has_a_status() -> None:
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda one: one.__name__)
 def test_there_and_back(kind: type[SpiffeError]) -> None:
-    """WEP-19, WEP-21: each error arrives as its kind, with its text."""
+    """Each error arrives as its kind, with its text."""
     sent = status_of(kind("why it is so"))
     assert (sent.number, sent.text, sent.details) == (
         CODES[kind.kind.name],
