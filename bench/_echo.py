@@ -32,7 +32,7 @@ from spiffe_wire.frontdoor.dialer import Dialer
 from spiffe_wire.frontdoor.door import FrontDoor
 from spiffe_wire.frontdoor.tls import client_context, server_context
 from tests.support.stack import ROOT
-from workload_api.node.keys import make_key
+from workload_api.keys import make_key
 
 METHOD = "/bench.Echo/Echo"
 KINDS = ("unix", "door-unix", "tls", "door-tls")

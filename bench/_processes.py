@@ -13,10 +13,10 @@ from spiffe_wire.frontdoor.dialer import Dialer
 from spiffe_wire.pb.spire.api.server.entry.v1 import entry_pb2, entry_pb2_grpc
 from spiffe_wire.pb.spire.api.server.svid.v1 import svid_pb2, svid_pb2_grpc
 from tests.support.stack import TRUST_DOMAIN, ServerCalls, a_folder, entry_message
-from workload_api.agent.storage import AgentStorage
 from workload_api.cache.cache import WorkloadCache
+from workload_api.keys import make_csr, make_key
 from workload_api.node.identity import NodeIdentity, read_trust_bundle
-from workload_api.node.keys import make_csr, make_key
+from workload_api.storage import AgentStorage
 
 
 def cpu_seconds(pid: int) -> float:

@@ -17,7 +17,7 @@ from ca.lint import check_profile
 from ca.x509 import X509Profile, prepare_x509, sign_x509
 from spiffe_core.keys import KeyKind
 from spiffe_core.spiffeid import SpiffeId
-from workload_api.node.keys import make_csr, make_key
+from workload_api.keys import make_csr, make_key
 
 SPIFFE_ID = SpiffeId(TD, "/cluster/prod/ns/shop/sa/checkout")
 CSRS = 64

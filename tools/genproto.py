@@ -140,7 +140,8 @@ def service_lines(service: ServiceDescriptorProto, package: str) -> Iterator[str
     yield "    def __init__(self, channel: Any) -> None:"
     for method in service.method:
         yield (
-            f'        self.{method.name}: Any = channel.{shape(method)}("/{full}/{method.name}", '
+            f"        self.{method.name}: Any = channel.{shape(method)}("
+            f'"/{full}/{method.name}", '
             f"request_serializer={cls(method.input_type)}.SerializeToString, "
             f"response_deserializer={cls(method.output_type)}.FromString)"
         )
@@ -149,14 +150,18 @@ def service_lines(service: ServiceDescriptorProto, package: str) -> Iterator[str
     yield f'    """Server of {full}; what a subclass leaves out answers UNIMPLEMENTED."""'
     for method in service.method:
         yield f"    async def {method.name}(self, request: Any, context: Any) -> Any:"
-        yield f'        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "{method.name} is not implemented")'
+        yield (
+            "        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "
+            f'"{method.name} is not implemented")'
+        )
     yield ""
     yield f"def add_{service.name}Servicer_to_server(servicer: Any, server: Any) -> None:"
     yield "    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("
     yield f'        "{full}", {{'
     for method in service.method:
         yield (
-            f'            "{method.name}": grpc.{shape(method)}_rpc_method_handler(servicer.{method.name}, '
+            f'            "{method.name}": grpc.{shape(method)}_rpc_method_handler('
+            f"servicer.{method.name}, "
             f"request_deserializer={cls(method.input_type)}.FromString, "
             f"response_serializer={cls(method.output_type)}.SerializeToString),"
         )
@@ -169,7 +174,7 @@ def cls(name: str) -> str:
 
 
 def shape(method: object) -> str:
-    """grpcio's word for who streams."""
+    """Who streams, in the words of grpcio."""
     client = "stream" if method.client_streaming else "unary"  # type: ignore[attr-defined]
     server = "stream" if method.server_streaming else "unary"  # type: ignore[attr-defined]
     return f"{client}_{server}"

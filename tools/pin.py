@@ -1,4 +1,4 @@
-"""Pin and hash the dependencies of pyproject.toml into requirements/*.txt (`make requirements`)."""
+"""Pin and hash the dependencies of pyproject.toml in requirements/ (`make requirements`)."""
 
 import subprocess
 import sys
@@ -32,6 +32,7 @@ def compile_set(extras: list[str], output: Path, constraints: list[str]) -> None
             "--generate-hashes",
             "--no-emit-index-url",
             "--no-emit-trusted-host",
+            "--no-emit-find-links",
             "--no-header",
             "--no-annotate",
             "--strip-extras",

@@ -15,7 +15,7 @@ from tests.support.ca import FakeCa
 from tests.support.forked import CLOCK_OFFSET, a_forked_server, forked
 from tests.support.records import records
 from tests.support.stack import AgentProcess, Stack, a_folder
-from workload_api.agent.storage import AgentStorage, NodeState
+from workload_api.storage import AgentStorage, NodeState
 
 ME = f"unix:uid:{os.getuid()}"
 HOURS = 7200

@@ -27,7 +27,7 @@ from tests.support.callers import (
     refused,
 )
 from tests.support.store import some
-from workload_api.node.keys import make_csr, make_key
+from workload_api.keys import make_csr, make_key
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -28,7 +28,7 @@ from tests.support.callers import (
 )
 from tests.support.clock import DrivenClock
 from tests.support.stack import a_folder, serving
-from workload_api.node.keys import make_csr, make_key
+from workload_api.keys import make_csr, make_key
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 TD = TrustDomain("example.org")

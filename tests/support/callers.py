@@ -37,7 +37,7 @@ from spiffe_wire.pb.spire.api.server.svid.v1 import svid_pb2, svid_pb2_grpc
 from spiffe_wire.pb.spire.api.types import attestation_pb2, spiffeid_pb2
 from spiffe_wire.status import error_of
 from tests.support.stack import TRUST_DOMAIN, a_folder, channel_to, entry_message, serving
-from workload_api.node.keys import make_csr, make_key
+from workload_api.keys import make_csr, make_key
 
 Code = grpc.StatusCode
 NO_CHECK_TIME = 0x200000

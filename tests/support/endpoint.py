@@ -28,12 +28,12 @@ from tests.support.authorities import NOW, a_key, pkcs8_of
 from tests.support.ca import FakeCa
 from tests.support.clock import DrivenClock
 from tests.support.stack import a_folder
-from workload_api.agent.metrics import AgentMetrics
 from workload_api.attestors.protocol import WorkloadAttestor
 from workload_api.attestors.registry import Attestation
 from workload_api.cache.cache import Change, HeldSvid, WorkloadCache
 from workload_api.endpoint.responses import Responses
 from workload_api.endpoint.workload import WorkloadServicer, register
+from workload_api.metrics import AgentMetrics
 from workload_api.sync.tokens import TokenCache
 
 SELECTOR = "unix:uid:1000"

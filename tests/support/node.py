@@ -15,10 +15,10 @@ from spiffe_core.spiffeid import TrustDomain
 from spiffe_wire.frontdoor.dialer import Dialer
 from spiffe_wire.pb.spire.api.server.svid.v1 import svid_pb2, svid_pb2_grpc
 from tests.support.stack import TRUST_DOMAIN, ServerProcess
-from workload_api.agent.storage import AgentStorage
 from workload_api.cache.cache import WorkloadCache
+from workload_api.keys import make_csr, make_key
 from workload_api.node.identity import NodeIdentity, read_trust_bundle
-from workload_api.node.keys import make_csr, make_key
+from workload_api.storage import AgentStorage
 
 _T = TypeVar("_T")
 

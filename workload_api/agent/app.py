@@ -35,8 +35,6 @@ from spiffe_wire.pb.spiffe_issuer.v1 import (
 )
 from spiffe_wire.security_header import SecurityHeaderInterceptor
 from workload_api.agent.config import AgentSettings
-from workload_api.agent.metrics import AgentMetrics
-from workload_api.agent.storage import AgentStorage
 from workload_api.attestors.registry import Attestation
 from workload_api.attestors.unix import UnixAttestor
 from workload_api.cache.cache import WorkloadCache
@@ -44,7 +42,9 @@ from workload_api.endpoint import reflection
 from workload_api.endpoint.admin import AdminServicer, AgentHealthServicer, WhoAmIServicer
 from workload_api.endpoint.responses import Responses
 from workload_api.endpoint.workload import WorkloadServicer, register
+from workload_api.metrics import AgentMetrics
 from workload_api.node.identity import NodeIdentity, NoWayToAttestError, read_trust_bundle
+from workload_api.storage import AgentStorage
 from workload_api.sync.syncer import Syncer
 
 _log = logging.getLogger(__name__)

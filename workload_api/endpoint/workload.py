@@ -28,11 +28,11 @@ from spiffe_core.spiffeid import SpiffeId
 from spiffe_wire.frontdoor.peer import UnixPeer, unix_peer_of
 from spiffe_wire.logs import event
 from spiffe_wire.pb import workloadapi_pb2, workloadapi_pb2_grpc
-from workload_api.agent.metrics import AgentMetrics
 from workload_api.attestors.protocol import Attested
 from workload_api.attestors.registry import Attestation
 from workload_api.cache.cache import EVERYBODY, View, Waiter, WorkloadCache
 from workload_api.endpoint.responses import Responses
+from workload_api.metrics import AgentMetrics
 from workload_api.sync.tokens import TokenCache
 
 _log = logging.getLogger(__name__)

@@ -31,9 +31,9 @@ from spiffe_wire.logs import event
 from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2, agent_pb2_grpc
 from spiffe_wire.pb.spire.api.types import attestation_pb2
 from spiffe_wire.status import error_of
-from workload_api.agent.storage import AgentStorage, NodeState
 from workload_api.cache.cache import WorkloadCache
-from workload_api.node.keys import authority_of, check_key, make_csr, make_key
+from workload_api.keys import authority_of, check_key, make_csr, make_key
+from workload_api.storage import AgentStorage, NodeState
 
 _log = logging.getLogger(__name__)
 ATTEST_TIMEOUT = 30.0

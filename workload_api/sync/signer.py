@@ -29,7 +29,7 @@ from spiffe_wire.logs import event
 from spiffe_wire.pb.spire.api.server.svid.v1 import svid_pb2, svid_pb2_grpc
 from spiffe_wire.status import error_of
 from workload_api.cache.cache import Change, HeldSvid, WorkloadCache
-from workload_api.node.keys import authority_of, make_csr, make_key
+from workload_api.keys import authority_of, make_csr, make_key
 
 _log = logging.getLogger(__name__)
 BATCH: Final = 500  # SPIRE API 9

@@ -42,9 +42,9 @@ from spiffe_wire.pb.spire.api.server.bundle.v1 import bundle_pb2, bundle_pb2_grp
 from spiffe_wire.pb.spire.api.server.entry.v1 import entry_pb2, entry_pb2_grpc
 from spiffe_wire.pb.spire.api.server.svid.v1 import svid_pb2, svid_pb2_grpc
 from spiffe_wire.status import error_of
-from workload_api.agent.storage import AgentStorage, Snapshot
 from workload_api.cache.cache import Change, WorkloadCache
 from workload_api.node.identity import NodeIdentity
+from workload_api.storage import AgentStorage, Snapshot
 from workload_api.sync.signer import Signer
 from workload_api.sync.tokens import TokenCache
 

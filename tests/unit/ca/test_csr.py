@@ -19,7 +19,7 @@ from tests.support import der
 from tests.support.authorities import a_key, key_usage
 from tests.support.ca import Ext, algorithm_of, ext, name, sign, uri_san
 from tests.support.issuing import TD, an_active_x509, prepared
-from workload_api.node.keys import make_csr, make_key
+from workload_api.keys import make_csr, make_key
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::cryptography.utils.CryptographyDeprecationWarning"

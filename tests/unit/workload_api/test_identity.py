@@ -19,10 +19,10 @@ from tests.support.authorities import NOW, a_key, pkcs8_of
 from tests.support.ca import FakeCa
 from tests.support.clock import DrivenClock
 from tests.support.store import TD
-from workload_api.agent.storage import AgentStorage, NodeState
 from workload_api.cache.cache import WorkloadCache
+from workload_api.keys import authority_of, check_key, make_csr, make_key
 from workload_api.node.identity import NodeIdentity, NoWayToAttestError, read_trust_bundle
-from workload_api.node.keys import authority_of, check_key, make_csr, make_key
+from workload_api.storage import AgentStorage, NodeState
 
 CA = FakeCa()
 KEY = pkcs8_of(a_key("p256", "workload"))

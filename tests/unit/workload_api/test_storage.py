@@ -20,8 +20,8 @@ from tests.support.authorities import NOW, a_key, pkcs8_of
 from tests.support.ca import FakeCa
 from tests.support.endpoint import a_held
 from tests.support.store import TD, an_entry
-from workload_api.agent.storage import AgentStorage, NodeState, Snapshot, StorageError
 from workload_api.cache.cache import WorkloadCache
+from workload_api.storage import AgentStorage, NodeState, Snapshot, StorageError
 
 CA = FakeCa()
 ENTRIES = [an_entry(f"/w{n}", id=f"w{n}", created_at=NOW, hint=f"h{n}") for n in range(3)]

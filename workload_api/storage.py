@@ -37,7 +37,7 @@ from spiffe_wire.convert.entry import entry_from_wire, entry_to_wire
 from spiffe_wire.logs import event
 from spiffe_wire.pb.spire.api.types import bundle_pb2, entry_pb2
 from workload_api.cache.cache import HeldSvid, WorkloadCache
-from workload_api.node.keys import check_key
+from workload_api.keys import check_key
 
 _log = logging.getLogger(__name__)
 FORMAT: Final = 2
