@@ -77,7 +77,7 @@ class Agent:
 
 async def test_sec_66_a_year_and_more_passes() -> None:
     """
-    SEC-66, BUNDLE-08: in steps of hours and days, through many rotations, the agent renews
+    SEC-66, BUNDLE-04, BUNDLE-08, BUNDLE-10: in steps of hours and days, through many rotations, the agent renews
     and is served with the bundle it has; what is signed verifies with what was published a
     step before; what is still valid verifies with what is now; the number never goes back.
     """
@@ -132,6 +132,9 @@ async def test_sec_66_a_year_and_more_passes() -> None:
             stored = await server.store.read(lambda repos: repos.authorities.bundle())
             assert stored == server.hub.bundle
             assert after == bundle_from_wire(bundle_to_wire(stored))
+            # Who fetches as often as it says has a key long before that signs.
+            assert after.refresh_hint is not None
+            assert after.refresh_hint <= server.settings.authority.publish_ahead / 2
             assert after.sequence_number >= before.sequence_number
             same = after.sequence_number == before.sequence_number
             assert same == after.same_content(before)
