@@ -78,8 +78,9 @@ class Agent:
 async def test_sec_66_a_year_and_more_passes() -> None:
     """
     SEC-66, BUNDLE-04, BUNDLE-08, BUNDLE-10: in steps of hours and days, through many
-    rotations, the agent renews and is served with the bundle it has; what is signed verifies with what was published a
-    step before; what is still valid verifies with what is now; the number never goes back.
+    rotations, the agent renews and is served with the bundle it has; what is signed verifies
+    with what was published a step before; what is still valid verifies with what is now; the
+    number never goes back.
     """
     clock = DrivenClock()
     chosen = random.Random(11)
