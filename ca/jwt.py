@@ -51,16 +51,17 @@ def check_audience(audience: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         MalformedError: nothing is left, or there are too many or too long values.
     """
-    values = tuple(dict.fromkeys(value for value in audience if value))
+    values = tuple(dict.fromkeys(filter(None, audience)))
     if not values:
         raise MalformedError("at least one audience is required")
     if len(values) > MAX_AUDIENCES:
         raise MalformedError(f"more than {MAX_AUDIENCES} audiences")
-    sizes = [utf8_bytes(value) for value in values]
-    if None in sizes:
-        raise MalformedError("an audience is not UTF-8 text")
-    if any(size is not None and size > MAX_AUDIENCE_BYTES for size in sizes):
-        raise MalformedError(f"an audience is longer than {MAX_AUDIENCE_BYTES} bytes")
+    for value in values:
+        size = utf8_bytes(value)
+        if size is None:
+            raise MalformedError("an audience is not UTF-8 text")
+        if size > MAX_AUDIENCE_BYTES:
+            raise MalformedError(f"an audience is longer than {MAX_AUDIENCE_BYTES} bytes")
     return values
 
 
