@@ -277,8 +277,8 @@ def test_sec_24_another_leafs_bytes_do_not_pass() -> None:
         compared(seen.pop(), made, leaf_of(a_leaf_to_be(path="/c")))
 
 
-def test_sec_62_what_is_kept_is_bounded() -> None:
-    """SEC-62: encoded names are kept for a bounded number of IDs."""
+def test_sec_80_what_is_kept_is_bounded() -> None:
+    """SEC-80: encoded names are kept for a bounded number of IDs."""
     bound = names_of.cache_info().maxsize
     assert bound is not None
     domain = TrustDomain("many.test")
