@@ -47,12 +47,20 @@ class Terminal:
         )
         self.text = ""
         self._read_to = 0
+        self._typed = 0
 
     def type(self, line: str) -> None:
         """Type one line."""
         assert self._bash.stdin is not None
-        self._bash.stdin.write(f"{line}\nprintf '%s %s\\n' {_MARK} $?\n".encode())
+        self._typed += 1
+        mark = f"printf '%s %s %s\\n' {_MARK} {self._typed} $?"
+        self._bash.stdin.write(f"{line}\n{mark}\n".encode())
         self._bash.stdin.flush()
+
+    def end(self) -> str:
+        """Wait until the line typed last is over, and return its exit code."""
+        # By number: the end of an earlier line, whose answer was seen, is still to be read.
+        return self.see(f"^{_MARK} {self._typed} \\d+$").rpartition(" ")[2]
 
     def see(self, pattern: str) -> str:
         """Wait until what was printed since the last look matches, and take it as seen."""
@@ -101,9 +109,10 @@ class Desk:
                 continue
             terminal.type(self.pasted(command) if "…" in command else command)
             # Silence means that it is over; words may be those of one that goes on.
-            done = terminal.see(f"{_MARK} (\\d+)$" if not answer else pattern_of(answer))
-            if not answer:
-                assert done.endswith(" 0"), f"{command}: {terminal.text}"
+            if answer:
+                terminal.see(pattern_of(answer))
+            else:
+                assert terminal.end() == "0", f"{command}: {terminal.text}"
 
     def pasted(self, command: str) -> str:
         """The line printed earlier, in any terminal, that *command* abbreviates."""
