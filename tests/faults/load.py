@@ -171,18 +171,19 @@ class Load:
             number += 1
             token = await self._at_last(self.server.join_token)
             folder = self.folder / f"n{number}"
-            while not await self._attested(folder, token):
+            while not await self._worked(folder, token):
+                self.unanswered += 1
                 await self.up.wait()
 
-    async def _attested(self, folder: Path, token: str) -> bool:
-        """Attest with a fresh channel, which waits out no back-off; False: no answer."""
+    async def _worked(self, folder: Path, token: str) -> bool:
+        """Join, if that is not done, and sign; False when the server went away meanwhile."""
         async with a_node(folder, self.server, self.bundle_pem) as node:
             try:
-                await answered(node.attest(token))
+                if node.identity.svid is None:
+                    await answered(node.attest(token))
+                await self._sign(node, token.partition(".")[0])
             except NoAnswerError:
-                self.unanswered += 1
                 return False
-            await self._sign(node, token.partition(".")[0])
             return True
 
     async def _at_last(self, ask: Callable[[], Awaitable[Any]]) -> Any:
@@ -201,17 +202,16 @@ class Load:
         self.serials.add(node.identity.svid.serial)
         id_ = f"of-{public_id}"
 
-        async def create() -> None:
-            made = entry_message(f"/{id_}", node.agent_id, "unix:uid:1", id=id_)
-            async with channel_to(self.server.admin_socket) as channel:
-                await entry_pb2_grpc.EntryStub(channel).BatchCreateEntry(
+        made = entry_message(f"/{id_}", node.agent_id, "unix:uid:1", id=id_)
+        async with channel_to(self.server.admin_socket) as channel:
+            await answered(
+                entry_pb2_grpc.EntryStub(channel).BatchCreateEntry(
                     entry_pb2.BatchCreateEntryRequest(entries=[made])
                 )
-
-        await self._at_last(create)
+            )
         signed = 0
         while signed < 4:
-            for result in await self._at_last(lambda: node.sign(id_, id_)):
+            for result in await answered(node.sign(id_, id_)):
                 # The index hears of the entry a moment after it is acknowledged.
                 assert result.status.code in (0, grpc.StatusCode.NOT_FOUND.value[0])
                 if result.status.code == 0:

@@ -63,8 +63,6 @@ PRUNE: Final = (
 )
 ATTEST: Final = {
     # To whether the node is there afterwards.  The first commit is the server's own SVID.
-    "svids.signed:2": False,
-    "svids.recorded:2": False,
     "attest.signed": False,
     "token.before_consume": False,
     "token.consumed": False,
@@ -73,8 +71,8 @@ ATTEST: Final = {
     "event.appended": False,
     "audit.before_append": False,
     "audit.appended": False,
-    "store.before_commit:3": False,
-    "store.after_commit:3": True,
+    "store.before_commit:2": False,
+    "store.after_commit:2": True,
     "attest.stored": True,
     "reply.AttestAgent": True,
 }

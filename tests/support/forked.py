@@ -44,6 +44,7 @@ class ForkedProcess(Process):
         self._forked = _CONTEXT.Process(
             target=_run,
             args=(self._command[2:], str(self.log), {**self._environment, **environment}),
+            daemon=True,  # whatever happens to a test, it does not outlive the run
         )
         self._forked.start()
         return self
