@@ -8,7 +8,7 @@ import time
 
 from tests.faults.load import Load
 from tests.support.forked import a_forked_stack
-from tests.support.records import records
+from tests.support.records import raw, records
 from workload_api.client.client import WorkloadClient
 
 KILLS = int(os.environ.get("SPIFFE_ISSUER_TEST_KILLS", "15"))
@@ -66,6 +66,11 @@ async def test_sec_100_sec_101_kill_9_under_write_load() -> None:
                 await held
         found = records(data)
         assert found.audited("agent.attest", stack.agent.agent_id) == 1
+        with raw(data) as connection:
+            (signed,) = connection.execute(
+                "SELECT count(*) FROM issued WHERE spiffe_id = 'spiffe://example.org/w'"
+            ).fetchone()
+        assert signed == 1, "it went on from where it was"
         assert found.agents[stack.agent.agent_id].serial == serial
         assert len(load.nodes) > 1
 

@@ -345,6 +345,39 @@ async def test_sec_101_synced_before_it_is_said() -> None:
                for sync in synced), (written, synced, said)  # fmt: skip
 
 
+@pytest.mark.skipif(STRACE is None, reason="there is no strace: apt-get install strace")
+async def test_sec_101_a_sync_that_fails() -> None:
+    """
+    SEC-101, F-16: after a sync that failed nobody knows what is on the disk: nothing is
+    acknowledged, the process ends, and the next one goes on from what there is.
+    """
+    with a_folder() as folder:
+        server = ServerProcess(folder)
+        try:
+            await server.start()
+            await server.add_entry("/before", PARENT, "unix:uid:1")
+            tracer = subprocess.Popen(
+                [STRACE, "-f", "-e", "trace=fsync,fdatasync",
+                 "-e", "inject=fsync,fdatasync:error=EIO", "-o", str(folder / "trace"),
+                 "-p", str(server.process.pid)],
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            while not (folder / "trace").exists():
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.5)
+            with contextlib.suppress(grpc.aio.AioRpcError):  # the process may be faster
+                code, text = await refusal(server, "/x")
+                assert code == grpc.StatusCode.INTERNAL.value[0] and "start again" in text
+            assert await server.process.wait() == 1
+            tracer.wait(10)
+            await server.start()
+            found = records(folder / "server")
+            found.check()
+            assert "/before" in {one.spiffe_id.path for one in found.entries.values()}
+        finally:
+            server.process.close()
+
+
 def calls_of(trace: str) -> list[tuple[str, str, str]]:
     """System calls in the order of their ends: name, file, everything."""
     started: dict[str, str] = {}
