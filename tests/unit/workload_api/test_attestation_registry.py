@@ -148,9 +148,8 @@ async def test_sec_81_one_user_does_not_starve_another() -> None:
 
     attestation = Attestation([Fake(attest, "good")], timeout=timedelta(seconds=5))
     with a_child() as child:
-        greedy = [
-            asyncio.create_task(attestation.attest(child.peer(uid=1))) for _ in range(1000)
-        ]
+        one = child.peer(uid=1)
+        greedy = [asyncio.create_task(attestation.attest(one)) for _ in range(1000)]
         await asyncio.sleep(0)
         async with asyncio.timeout(1):
             assert (await attestation.attest(child.peer(uid=2))).selectors
