@@ -211,7 +211,7 @@ async def test_an_answer_that_would_break_a_rule_is_withheld() -> None:
         call = fetch(stub)
         await read(call)
         good = endpoint.cache.svids["web"]
-        endpoint.cache.svids["web"] = replace(good, chain=(b"0\x00",), serial_number=77)
+        endpoint.cache.svids["web"] = replace(good, chain=(b"0\x00",), serial_number=2**150)
         endpoint.cache.wake(EVERYBODY)
         assert await says_nothing(call)
         other = fetch(stub)
