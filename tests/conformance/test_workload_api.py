@@ -1,6 +1,8 @@
 """
 The Workload API (WAPI) of a real agent that follows a real server, by raw gRPC; and
 ValidateJWTSVID on tokens that no server would sign, at the real servicer.
+
+One file a standard, in the order of its clauses: hence over 500 lines.
 """
 
 import json

@@ -3,6 +3,8 @@ An agent's life beside a server's: outages, restarts, renewals, bans, and strang
 
 Servers and agents are real processes; where the server has to be one without a watch, it runs
 in this loop.
+
+Over 500 lines: the tables of one subject stay together.
 """
 
 import asyncio

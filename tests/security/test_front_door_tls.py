@@ -2,6 +2,8 @@
 The front door on TLS, and the agent's dialer: who is let in, and who gets not a byte.
 
 Source: transport (server TLS, agent as client, tests), SEC-17, SEC-57, T-09, T-10.
+
+Over 500 lines: the tables of one subject stay together.
 """
 
 import asyncio

@@ -2,6 +2,8 @@
 The front door on a Unix socket: who called, and what is left when it is over.
 
 Source: transport (rules for the Unix sockets, rules for the splice), SEC-31, SEC-36, SEC-81.
+
+Over 500 lines: the tables of one subject stay together.
 """
 
 import asyncio

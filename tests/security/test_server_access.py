@@ -3,6 +3,8 @@ Who may call what on the server, and what is kept of it.
 
 SEC-30 (default deny by exact method), SEC-90 (no secret in any output), SEC-91 (audit),
 SEC-92 (no reflection), SEC-95 (unknown means no).
+
+Over 500 lines: the tables of one subject stay together.
 """
 
 import asyncio

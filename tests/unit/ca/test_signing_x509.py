@@ -1,4 +1,8 @@
-"""Prepare, sign, compare: what may be signed, for how long, and what never leaves."""
+"""
+Prepare, sign, compare: what may be signed, for how long, and what never leaves.
+
+Over 500 lines: the tables of one subject stay together.
+"""
 
 import ipaddress
 from datetime import UTC, datetime, timedelta
