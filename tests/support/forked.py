@@ -52,7 +52,10 @@ class ForkedProcess(Process):
     def kill(self) -> None:
         """End it as a power cut would."""
         assert self._forked is not None
-        self._forked.kill()
+        # Looked at first: it is the fork server's child, and once that has reaped it, its
+        # number may be another process's.
+        if self._forked.exitcode is None:
+            self._forked.kill()
         self._join(10)
 
     def stop(self, timeout: float = 15) -> int:
