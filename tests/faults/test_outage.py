@@ -17,7 +17,7 @@ from tests.support.stack import AgentProcess, ServerProcess, a_folder
 from workload_api.client.client import WorkloadClient, X509Context
 
 ME = f"unix:uid:{os.getuid()}"
-SHORT_SECONDS = 5
+SHORT_SECONDS = 3
 TOKEN_SECONDS = 15
 LAST_SECONDS = 10
 """A JWT-SVID is not handed out in its last ten seconds (IOP-13)."""

@@ -76,8 +76,6 @@ class ForkedProcess(Process):
 
     def close(self) -> None:
         """End it if it still runs."""
-        if self._forked is not None and self._forked.exitcode is None:
-            self.kill()
         self._forget()
 
     def _join(self, timeout: float) -> int:
@@ -89,7 +87,8 @@ class ForkedProcess(Process):
 
     def _forget(self) -> None:
         if self._forked is not None:
-            self._forked.join()
+            if self._forked.exitcode is None:
+                self.kill()
             self._forked.close()
             self._forked = None
 

@@ -1,7 +1,16 @@
 """What a forked server or agent finds imported already."""
 
-import alembic.command
-import alembic.runtime.migration  # noqa: F401
+import importlib
 
-import workload_api.agent.app
-import workload_api.agent.commands  # noqa: F401
+for name in (
+    "alembic.command",
+    "alembic.config",
+    "alembic.runtime.migration",
+    "issuer.app",
+    "issuer.cli.server",
+    "issuer.lifecycle",
+    "rich.console",
+    "workload_api.agent.app",
+    "workload_api.agent.commands",
+):
+    importlib.import_module(name)
