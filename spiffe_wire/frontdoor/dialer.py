@@ -82,6 +82,7 @@ class Dialer:
         self._runtime_dir = runtime_dir
         self._legs: set[Leg] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
         self._backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._not_before = 0.0
         self.problem = ""
@@ -106,9 +107,13 @@ class Dialer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._closing = True
         await self._channel.close()
         self._listener.close()
+        open_ones = [leg.closed for leg in self._legs if leg.is_open]
         self.cut()
+        if open_ones:
+            await asyncio.wait(open_ones, timeout=LINGER_SECONDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -126,6 +131,9 @@ class Dialer:
 
     def _accept(self) -> Leg:
         near = Leg(lambda: self._legs.discard(near))
+        if self._closing:
+            near.close()  # grpcio dialled while we were leaving
+            return near
         self._legs.add(near)
         task = asyncio.get_running_loop().create_task(self._dial(near))
         self._tasks.add(task)

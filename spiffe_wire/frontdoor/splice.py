@@ -51,10 +51,13 @@ class Leg(asyncio.Protocol):
         self._other: Leg | None = None
         # uvloop ignores pause_reading() inside connection_made(): early bytes wait here.
         self._early = bytearray()
+        self._cut = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport; bytes wait until the legs are joined."""
         self.transport = cast(asyncio.Transport, transport)
+        if self._cut:
+            self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Pass on, or queue until there is somebody to pass on to."""
@@ -144,7 +147,8 @@ class Leg(asyncio.Protocol):
             self.closed.add_done_callback(lambda _: timer.cancel())
 
     def close(self) -> None:
-        """Cut this leg, and with it the other."""
+        """Cut this leg, and with it the other; one that is not connected yet, once it is."""
+        self._cut = True
         if self.transport is not None:
             self.transport.abort()
 

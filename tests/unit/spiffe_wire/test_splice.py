@@ -176,3 +176,19 @@ def test_dead_machines_are_noticed() -> None:
         )
         assert idle + interval * count <= 30
         assert connection.getsockopt(tcp, socket.TCP_USER_TIMEOUT) == 30_000
+
+
+async def test_a_leg_that_is_cut_before_it_is_connected() -> None:
+    """A connection that comes up after it was given up is ended at once: none is left open."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    loop = asyncio.get_running_loop()
+    leg = Leg()
+    leg.close()
+    try:
+        await loop.create_connection(lambda: leg, sock=ours)
+        await asyncio.wait_for(leg.closed, 5)
+        assert await loop.sock_recv(theirs, 1) == b""
+    finally:
+        theirs.close()
