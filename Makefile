@@ -9,7 +9,7 @@ BOOT  := python3 tools/bootstrap.py
 JOBS  ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types imports unit bench test-root test-docker \
+.PHONY: help demo test check format lint types imports unit bench again test-root test-docker \
         wheel-test proto docs tables requirements audit clean
 
 help: ## Show this list
@@ -48,6 +48,9 @@ unit: ## The quick tests: values, parsers, decisions, import rules
 bench: ## Every performance claim, as a ratio measured in one run
 	@$(BOOT) dev
 	$(PY) -m bench
+
+again: ## What failed in the last run of tests, once more by itself
+	$(PY) -m pytest -q -rs --last-failed --last-failed-no-failures none
 
 test-root: ## PID reuse, other uids, namespaces (needs root; says what it leaves out)
 	@$(BOOT) dev
