@@ -64,7 +64,7 @@ class Dialer:
     A channel to *host*:*port*, as an async context manager.
 
     *context* and *check* are asked for every connection, so that a rotation needs only
-    `reconnect`.
+    `cut`.
     """
 
     def __init__(
