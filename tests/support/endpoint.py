@@ -17,7 +17,7 @@ import grpc
 from spiffe_core.entry import RegistrationEntry
 from spiffe_core.errors import NotFoundError
 from spiffe_core.jwtsvid import JwtSvid
-from spiffe_core.selector import Selector, SelectorSet
+from spiffe_core.selector import Selector
 from spiffe_core.x509svid import X509Svid
 from spiffe_wire.frontdoor.door import FrontDoor
 from spiffe_wire.frontdoor.peer import UnixPeer
@@ -28,7 +28,7 @@ from tests.support.authorities import NOW, a_key, pkcs8_of
 from tests.support.ca import FakeCa
 from tests.support.clock import DrivenClock
 from tests.support.stack import a_folder
-from workload_api.attestors.protocol import WorkloadAttestor
+from workload_api.attestors.protocol import Finding, WorkloadAttestor
 from workload_api.attestors.registry import Attestation
 from workload_api.cache.cache import Change, HeldSvid, WorkloadCache
 from workload_api.endpoint.responses import Responses
@@ -52,13 +52,13 @@ class Told:
         self.answers = asyncio.Event()
         self.answers.set()
 
-    async def attest(self, _: UnixPeer) -> SelectorSet:
+    async def attest(self, _: UnixPeer) -> Finding:
         """See `WorkloadAttestor`."""
         self.calls += 1
         await self.answers.wait()
         if self.error is not None:
             raise self.error
-        return self.selectors
+        return Finding(self.selectors)
 
     def close(self) -> None:
         """Nothing is under way."""

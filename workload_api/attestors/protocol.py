@@ -1,5 +1,6 @@
 """What a workload attestor is (style 5, SEC-35)."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Protocol
@@ -16,12 +17,35 @@ class AttestationError(NotReadyError):
     """It may be one of ours, but the attestor can't vouch for it."""
 
 
+class NotYetError(AttestationError):
+    """
+    It is one of ours, and what is to be known of it is on its way.
+
+    *arrived* is done when it is worth asking again; who waits for it holds no slot.
+    """
+
+    def __init__(self, message: str, arrived: "asyncio.Future[None]") -> None:
+        super().__init__(message)
+        self.arrived = arrived
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one attestor learnt of a process; no selectors mean "not one of mine"."""
+
+    selectors: SelectorSet = frozenset()
+    changed: "asyncio.Future[None] | None" = None
+    """Done when this may be true no longer; None when only a new look can tell."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attested:
     """What was learnt of a process, and which attestors could not vouch, and why."""
 
     selectors: SelectorSet
     partial: Mapping[str, str] = field(default_factory=dict)
+    changed: tuple["asyncio.Future[None]", ...] = ()
+    """Each is done when a part of it may be true no longer: attest anew then."""
 
 
 class WorkloadAttestor(Protocol):
@@ -30,13 +54,14 @@ class WorkloadAttestor(Protocol):
     type: ClassVar[str]
     """The selector type it owns, such as ``unix``; unique in one agent."""
 
-    async def attest(self, peer: UnixPeer) -> SelectorSet:
+    async def attest(self, peer: UnixPeer) -> Finding:
         """
-        Describe the process behind *peer*; an empty set means "not one of mine".
+        Describe the process behind *peer*.
 
         Called on every new stream and before pushes, with a deadline set by the caller.
 
         Raises:
+            NotYetError: it is known shortly; the caller waits a while and asks again.
             AttestationError: the agent then goes on with fewer selectors, marked partial.
         """
         ...

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Final
 
@@ -15,12 +17,16 @@ from workload_api.attestors.protocol import (
     PER_UID,
     AttestationError,
     Attested,
+    Finding,
+    NotYetError,
     WorkloadAttestor,
 )
 from workload_api.attestors.slots import Slots
 
 _log = logging.getLogger(__name__)
 TIMEOUT: Final = timedelta(seconds=5)  # security requirements, table 1
+PER_UID_LATE: Final = 100
+"""Callers of one user that wait for the platform to tell of their container."""
 
 
 class Attestation:
@@ -32,16 +38,39 @@ class Attestation:
         self._attestors = attestors
         self._timeout = timeout.total_seconds()
         self.slots = Slots(AT_ONCE, PER_UID)
+        self._waiting: Counter[int] = Counter()
 
-    async def attest(self, peer: UnixPeer) -> Attested:
+    async def attest(self, peer: UnixPeer, *, patient: bool = True) -> Attested:
         """
         Return what is learnt of *peer*, which was alive before and after.
+
+        A process whose container the platform has not told of yet is waited for until the
+        time is up, and then attested without it; unless not *patient*.
 
         Raises:
             PeerGoneError: it has ended; nothing that was read is used.
             NotReadyError: no attestor could vouch, or too many are being attested.
         """
-        ends_at = asyncio.get_running_loop().time() + self._timeout
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + self._timeout
+        while True:
+            found = await self._all(peer, ends_at)
+            arriving = [one.arrived for one in found if isinstance(one, NotYetError)]
+            if (
+                not (arriving and patient)
+                or loop.time() >= ends_at
+                or self._waiting[peer.uid] >= PER_UID_LATE
+            ):
+                return self._attested(found)
+            with self._counted(peer.uid):
+                await asyncio.wait(
+                    [*arriving, peer.exited()],
+                    timeout=ends_at - loop.time(),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            peer.check_alive()
+
+    async def _all(self, peer: UnixPeer, ends_at: float) -> "list[Finding | AttestationError]":
         try:
             async with asyncio.timeout_at(ends_at) as limit, self.slots.slot(peer.uid):
                 limit.reschedule(None)  # from here on each attestor has its own
@@ -52,34 +81,52 @@ class Attestation:
             raise NotReadyError("too many processes are being attested; try again") from error
         # Everything was read from /proc by number: only now is it known whose it is.
         peer.check_alive()
+        return found
+
+    def _attested(self, found: "Sequence[Finding | AttestationError]") -> Attested:
         selectors: SelectorSet = frozenset()
         partial: dict[str, str] = {}
+        changed = []
         for attestor, answer in zip(self._attestors, found, strict=True):
-            if isinstance(answer, str):
-                partial[attestor.type] = answer
+            if isinstance(answer, AttestationError):
+                partial[attestor.type] = str(answer)
+                if isinstance(answer, NotYetError):
+                    changed.append(answer.arrived)
             else:
-                selectors |= answer
+                selectors |= answer.selectors
+                if answer.changed is not None:
+                    changed.append(answer.changed)
         if len(partial) == len(self._attestors):
             reasons = "; ".join(f"{name}: {why}" for name, why in partial.items())
             raise NotReadyError(f"workload attestation failed: {reasons}")
-        return Attested(selectors, partial)
+        return Attested(selectors, partial, tuple(changed))
 
     def close(self) -> None:
         """The agent ends."""
         for attestor in self._attestors:
             attestor.close()
 
+    @contextmanager
+    def _counted(self, uid: int) -> Iterator[None]:
+        self._waiting[uid] += 1
+        try:
+            yield
+        finally:
+            self._waiting[uid] -= 1
+            if not self._waiting[uid]:
+                del self._waiting[uid]
+
     async def _one(
         self, attestor: WorkloadAttestor, peer: UnixPeer, ends_at: float
-    ) -> SelectorSet | str:
+    ) -> "Finding | AttestationError":
         try:
             async with asyncio.timeout_at(ends_at):
                 return await attestor.attest(peer)
         except AttestationError as error:
-            return str(error)
+            return error
         except TimeoutError:
-            return "took too long"
+            return AttestationError("took too long")
         except Exception as error:  # noqa: BLE001 a plug-in's, of any kind
             # A plug-in's mistake costs its own selectors, not those of the others (SEC-35).
             event(_log, logging.ERROR, "attestor_failed", type=attestor.type, exc_info=error)
-            return "failed; the log says why"
+            return AttestationError("failed; the log says why")

@@ -10,13 +10,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import ClassVar, Final
 
-from spiffe_core.selector import Selector, SelectorSet
+from spiffe_core.selector import Selector
 from spiffe_core.text import utf8_bytes
 from spiffe_wire.frontdoor.peer import UnixPeer
 from workload_api.attestors.executable import FileIdentity, digest_of, executable_of
 from workload_api.attestors.names import Names, group_name, user_name
 from workload_api.attestors.procfs import read_status
-from workload_api.attestors.protocol import AT_ONCE, PER_UID, AttestationError
+from workload_api.attestors.protocol import AT_ONCE, PER_UID, AttestationError, Finding
 from workload_api.attestors.workers import Workers
 
 HASHES_KEPT: Final = 1024
@@ -43,7 +43,7 @@ class UnixAttestor:
         self._digests: OrderedDict[FileIdentity, str] = OrderedDict()
         self._hashing: dict[FileIdentity, asyncio.Task[str]] = {}
 
-    async def attest(self, peer: UnixPeer) -> SelectorSet:
+    async def attest(self, peer: UnixPeer) -> Finding:
         """See `WorkloadAttestor`."""
         status = read_status(peer.pid)
         if (status.uid, status.gid) != (peer.uid, peer.gid):
@@ -61,8 +61,8 @@ class UnixAttestor:
         if read_status(peer.pid) != status:
             raise AttestationError("the process changed its user or group meanwhile")
         # A path may be any bytes; what is not UTF-8 no entry can name.
-        return frozenset(
-            Selector(self.type, one) for one in found if utf8_bytes(one) is not None
+        return Finding(
+            frozenset(Selector(self.type, one) for one in found if utf8_bytes(one) is not None)
         )
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ class AdminServicer(agentadmin_pb2_grpc.AgentAdminServicer, explain_pb2_grpc.Exp
         except OSError:
             process.path = ""
         try:
-            attested = await self.attestation.attest(peer)
+            attested = await self.attestation.attest(peer, patient=False)
         except NotReadyError as error:
             return explain_pb2.Explanation(
                 reason="attestation_failed", text=str(error), process=process

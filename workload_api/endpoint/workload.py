@@ -157,15 +157,16 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
         peer = self._ready(context)
         with self.cache.waiter() as waiter, _told_of_the_end(peer, waiter):
             stream = _Stream(peer, waiter, build, svids=svids)
-            await self._begin(stream)
-            while True:
-                message = self._built(stream)
-                if message != stream.last:
-                    peer.check_alive()
-                    self.metrics.on_delivered(stream.committed_at)
-                    stream.last = message
-                    yield message
-                await self._changed(stream)
+            with contextlib.closing(stream):
+                await self._begin(stream)
+                while True:
+                    message = self._built(stream)
+                    if message != stream.last:
+                        peer.check_alive()
+                        self.metrics.on_delivered(stream.committed_at)
+                        stream.last = message
+                        yield message
+                    await self._changed(stream)
 
     async def _begin(self, stream: "_Stream") -> None:
         """
@@ -178,7 +179,7 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
         started = asyncio.get_running_loop().time()
         with contextlib.ExitStack() as holding:
             while True:
-                await self._attest(stream)
+                await self._attest(stream, patient=not stream.is_attested)
                 if not stream.view.decision.matched:
                     if not stream.held and not (stream.svids and self._may_hold(stream.peer)):
                         break
@@ -220,16 +221,18 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
         """
         loop = asyncio.get_running_loop()
         while loop.time() < stream.attest_at:
+            if stream.is_outdated:
+                break
             await self._woken(stream, self._look_at(stream))
             stream.view = self._look(stream.attested)
             if not stream.view.decision.matched or self._built(stream) != stream.last:
                 break
-        await self._attest(stream)
+        await self._attest(stream, patient=False)
         if not stream.view.decision.matched:
             raise self._denied(stream.peer)
 
-    async def _attest(self, stream: "_Stream") -> None:
-        stream.attested = await self.attestation.attest(stream.peer)
+    async def _attest(self, stream: "_Stream", *, patient: bool) -> None:
+        stream.follow(await self.attestation.attest(stream.peer, patient=patient))
         # From here to the look nothing is awaited: a change is seen, or wakes the waiter.
         stream.waiter.selectors = stream.attested.selectors
         stream.view = self._look(stream.attested)
@@ -296,6 +299,33 @@ class _Stream:
     held: bool = False
     attested: Attested = field(init=False)
     view: View = field(init=False)
+    _followed: tuple["asyncio.Future[None]", ...] = ()
+
+    def follow(self, attested: Attested) -> None:
+        """Take over what was learnt, and be woken when it may be true no longer."""
+        self.close()
+        self.attested, self._followed = attested, attested.changed
+        for one in self._followed:
+            one.add_done_callback(self._wake)
+
+    @property
+    def is_attested(self) -> bool:
+        """True once anything was learnt; what comes later wakes us by itself."""
+        return bool(self.attest_at)
+
+    @property
+    def is_outdated(self) -> bool:
+        """True when the platform said that something changed since."""
+        return any(one.done() for one in self._followed)
+
+    def close(self) -> None:
+        """Be woken no more."""
+        for one in self._followed:
+            one.remove_done_callback(self._wake)
+        self._followed = ()
+
+    def _wake(self, _: "asyncio.Future[None]") -> None:
+        self.waiter.wake()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from spiffe_core.errors import ErrorKind, NotReadyError
 from spiffe_core.selector import Selector, SelectorSet
 from spiffe_wire.frontdoor.peer import PeerGoneError, UnixPeer
 from tests.support.children import a_child
-from workload_api.attestors.protocol import AttestationError
+from workload_api.attestors.protocol import AttestationError, Finding, NotYetError
 from workload_api.attestors.registry import Attestation
 
 
@@ -21,7 +21,10 @@ class Fake:
     type: ClassVar[str] = "fake"
 
     def __init__(self, does: Callable[[UnixPeer], Awaitable[SelectorSet]], type_: str) -> None:
-        self.attest = does
+        async def attest(peer: UnixPeer) -> Finding:
+            return Finding(await does(peer))
+
+        self.attest = attest
         self.type = type_  # type: ignore[misc]
         self.closed = False
 
@@ -195,3 +198,43 @@ def test_closing_closes_all() -> None:
     fakes = [knows(), knows(type_="other")]
     Attestation(fakes).close()
     assert all(one.closed for one in fakes)
+
+
+async def test_what_arrives_shortly_is_waited_for() -> None:
+    """A process that the platform tells of in a moment is attested with what it tells."""
+    arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    calls = []
+
+    async def attest(_: UnixPeer) -> SelectorSet:
+        calls.append(attestation.slots.held)
+        if not arrived.done():
+            raise NotYetError("not listed yet", arrived)
+        return frozenset({Selector("pod", "1")})
+
+    attestation = Attestation([Fake(attest, "pod"), knows("good:1")])
+    with a_child() as child:
+        asking = asyncio.create_task(attestation.attest(child.peer()))
+        while not calls:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        assert not asking.done() and attestation.slots.held == 0, "waiting holds no slot"
+        arrived.set_result(None)
+        found = await asking
+    assert found.selectors == {Selector("pod", "1"), Selector("good", "1")} and len(calls) == 2
+    assert not found.partial
+
+
+@pytest.mark.parametrize("patient", [True, False])
+async def test_sec_35_what_does_not_arrive(patient: bool) -> None:
+    """SEC-35: what does not arrive in time is absent, marked, and the others count."""
+    arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    attestation = Attestation(
+        [fails(NotYetError("not listed yet", arrived), "pod"), knows("good:1")], timeout=SOON
+    )
+    started = asyncio.get_running_loop().time()
+    with a_child() as child:
+        found = await attestation.attest(child.peer(), patient=patient)
+    waited = asyncio.get_running_loop().time() - started
+    assert found.selectors == {Selector("good", "1")}
+    assert found.partial == {"pod": "not listed yet"} and found.changed == (arrived,)
+    assert (waited >= SOON.total_seconds()) is patient

@@ -30,7 +30,7 @@ def attestor() -> Iterator[UnixAttestor]:
 
 async def values(attestor: UnixAttestor, child: Child) -> set[str]:
     """What is learnt of *child*, without the type."""
-    found = await attestor.attest(child.peer())
+    found = (await attestor.attest(child.peer())).selectors
     assert {one.type for one in found} == {"unix"}
     return {one.value for one in found}
 
