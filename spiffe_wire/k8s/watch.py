@@ -1,0 +1,197 @@
+"""
+Keeps a table in step with a cluster: list once, then watch from there, for ever.
+
+Source: Kubernetes API concepts, "Efficient detection of changes"; SEC-107.  Nothing is polled:
+an event arrives when it happens.  A table keeps what it has while the API server is away.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from spiffe_core.errors import SpiffeError
+from spiffe_wire.backoff import Backoff
+from spiffe_wire.k8s.client import Client, ClusterError, GoneError
+from spiffe_wire.k8s.objects import ObjectError
+from spiffe_wire.logs import event
+
+_log = logging.getLogger(__name__)
+PAGE: Final = 500
+FIRST_PAUSE: Final = timedelta(milliseconds=100)
+LONGEST_PAUSE: Final = timedelta(seconds=10)
+WATCH_SECONDS: Final = (240, 300)
+"""How long one watch is asked for, at random: agents must not all come back at once."""
+SILENCE: Final = timedelta(seconds=WATCH_SECONDS[1] + 15)
+AT_A_STRETCH: Final = 50
+"""Objects parsed before others have a turn: about 2 ms."""
+_T = TypeVar("_T")
+_T_contra = TypeVar("_T_contra", contravariant=True)
+
+
+class Sink(Protocol[_T_contra]):
+    """Takes what a watch brings."""
+
+    def replace(self, objects: Iterable[_T_contra]) -> None:
+        """These are all there are."""
+        ...
+
+    def put(self, found: _T_contra) -> None:
+        """This is new or changed."""
+        ...
+
+    def drop(self, found: _T_contra) -> None:
+        """This is there no longer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[_T]):
+    """What is watched."""
+
+    path: str
+    """Such as ``/api/v1/pods``."""
+    parse: Callable[[Any], _T]
+    field_selector: str = ""
+    metadata_only: bool = False
+
+
+class Watch(Generic[_T]):
+    """One kind of one cluster, kept in *sink*; `run` goes on until it is cancelled."""
+
+    def __init__(
+        self, client: Client, kind: Kind[_T], sink: Sink[_T], *, cluster: str = ""
+    ) -> None:
+        self._client = client
+        self._kind = kind
+        self._sink = sink
+        self._cluster = cluster
+        self._version = ""
+        self._backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        self._said = ""
+        self.synced = asyncio.Event()
+        """Set once the first list is in."""
+        self.problem = "not asked yet"
+        """Why it is not in step now; empty when it is."""
+        self.away_since: float | None = time.monotonic()
+        """When it fell out of step, on the monotonic clock; None while it is in step."""
+
+    @property
+    def away(self) -> timedelta:
+        """For how long the table has not been in step."""
+        if self.away_since is None:
+            return timedelta(0)
+        return timedelta(seconds=time.monotonic() - self.away_since)
+
+    async def run(self) -> None:
+        """Stay in step until cancelled."""
+        while True:
+            try:
+                if not self._version:
+                    await self._list()
+                await self._follow()
+                continue  # the server ends every watch after a while: nothing was missed
+            except GoneError:
+                self._version = ""
+                self._out_of_step("the API server keeps no changes from so long ago")
+            except SpiffeError as error:
+                self._out_of_step(str(error))
+            await asyncio.sleep(self._backoff.next().total_seconds())
+
+    async def _list(self) -> None:
+        found: list[_T] = []
+        params = self._params(limit=str(PAGE))
+        while True:
+            page = await self._client.get(
+                self._kind.path, params, metadata_only=self._kind.metadata_only
+            )
+            for number, item in enumerate(page.get("items") or (), 1):
+                parsed = self._parsed(item)
+                if parsed is not None:
+                    found.append(parsed)
+                if number % AT_A_STRETCH == 0:
+                    await asyncio.sleep(0)
+            metadata = page.get("metadata") or {}
+            if not metadata.get("continue"):
+                break
+            params["continue"] = str(metadata["continue"])
+        version = str(metadata.get("resourceVersion", ""))
+        if not version:
+            raise ClusterError("the API server's list has no resourceVersion")
+        self._sink.replace(found)
+        self._version = version
+        self.synced.set()
+
+    async def _follow(self) -> None:
+        seconds = random.randint(*WATCH_SECONDS)  # noqa: S311 spreads load only
+        params = self._params(
+            watch="1",
+            allowWatchBookmarks="true",
+            resourceVersion=self._version,
+            timeoutSeconds=str(seconds),
+        )
+        async with self._client.watch(
+            self._kind.path, params, silence=SILENCE, metadata_only=self._kind.metadata_only
+        ) as events:
+            self._in_step()
+            async for one in events:
+                self._take(one)
+                self._backoff.reset()
+
+    def _take(self, given: Any) -> None:
+        what, item = given.get("type"), given.get("object")
+        if what == "ERROR":
+            code = item.get("code") if isinstance(item, dict) else None
+            if code == 410:
+                raise GoneError("the watch is too old", 410)
+            raise ClusterError(f"the watch failed with {code}")
+        if not isinstance(item, dict):
+            raise ClusterError("an event of the watch holds no object")
+        metadata = item.get("metadata") or {}
+        version = metadata.get("resourceVersion")
+        if what == "DELETED":
+            parsed = self._parsed(item)
+            if parsed is not None:
+                self._sink.drop(parsed)
+        elif what in ("ADDED", "MODIFIED"):
+            parsed = self._parsed(item)
+            if parsed is not None:
+                self._sink.put(parsed)
+        if version:  # a bookmark has nothing else
+            self._version = str(version)
+
+    def _parsed(self, item: Any) -> _T | None:
+        try:
+            return self._kind.parse(item)
+        except ObjectError as error:
+            # One that we cannot read must not keep us from the others.
+            event(
+                _log, logging.ERROR, "object_skipped", of=self._kind.path, why=str(error),
+                cluster=self._cluster,
+            )  # fmt: skip
+            return None
+
+    def _params(self, **given: str) -> dict[str, str]:
+        if self._kind.field_selector:
+            given["fieldSelector"] = self._kind.field_selector
+        return given
+
+    def _in_step(self) -> None:
+        if self.problem:
+            event(_log, logging.INFO, "watching", of=self._kind.path, cluster=self._cluster)
+        self.problem, self.away_since, self._said = "", None, ""
+
+    def _out_of_step(self, why: str) -> None:
+        self.problem = why
+        if self.away_since is None:
+            self.away_since = time.monotonic()
+        if why != self._said:
+            self._said = why
+            event(
+                _log, logging.WARNING, "watch_failed", of=self._kind.path, why=why,
+                cluster=self._cluster,
+            )  # fmt: skip
