@@ -1,7 +1,7 @@
 """
 Say what a tier of tests leaves out on this machine, and why; nothing is left out in silence.
 
-Usage: ``tiers.py [root|docker]``.  The tier ``root`` installs what it lacks where it may.
+Usage: ``tiers.py [root|docker]``.  These two install what they lack where they may.
 """
 
 import os
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     elif tier == "root":
         root()
     else:
-        print("0 passed, 0 failed: no test of this release needs a container engine")
+        docker()
     return 0
 
 
@@ -41,12 +41,38 @@ def root() -> None:
     if os.geteuid() != 0:
         left_out("every test marked root", "this user is not root")
         return
-    missing = [name for name in ("faketime", "strace") if shutil.which(name) is None]
+    for name in install({"faketime": "faketime", "strace": "strace"}):
+        left_out(f"tests with {name}", f"{name} is not here and apt could not install it")
+
+
+def docker() -> None:
+    """What `make test-docker` and `make demo-pods` need: the programs of two engines."""
+    if os.geteuid() != 0:
+        left_out("every test marked docker", "this user is not root")
+        return
+    missing = install({"dockerd": "docker.io", "containerd": "containerd", "runc": "runc"})
+    missing += install({"docker": "docker-cli"})  # its own package since Debian 13
+    if missing:
+        left_out("every test marked docker", f"apt could not install {', '.join(missing)}")
+    elif install({"podman": "podman"}):
+        left_out("tests with podman", "podman is not here and apt could not install it")
+
+
+def install(packages: dict[str, str]) -> list[str]:
+    """Install by apt what is missing of these programs; return what is missing still."""
+
+    def absent() -> list[str]:
+        path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+        return [name for name in packages if shutil.which(name, path=path) is None]
+
+    missing = absent()
     if missing and shutil.which("apt-get"):
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        wanted = sorted({packages[name] for name in missing})
+        apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
         for command in (
-            ["apt-get", "-qq", "update"],
-            ["apt-get", "-qq", "install", "-y", "--no-install-recommends", *missing],
+            [*apt, "update"],
+            [*apt, "install", "-y", "--no-install-recommends", *wanted],
         ):
             subprocess.run(
                 command,
@@ -56,9 +82,7 @@ def root() -> None:
                 stderr=subprocess.DEVNULL,
                 timeout=300,
             )
-    for name in missing:
-        if shutil.which(name) is None:
-            left_out(f"tests with {name}", f"{name} is not here and apt could not install it")
+    return absent()
 
 
 def left_out(what: str, why: str) -> None:
