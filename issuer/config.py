@@ -1,18 +1,20 @@
 """The server's settings; `docs/reference/config.md` is made from them."""
 
 import enum
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Final
 
 from ca.jwt import JwtProfile
 from ca.rotator import RotationSettings
 from ca.x509 import X509Profile
 from spiffe_core.errors import MalformedError
 from spiffe_core.keys import KeyKind
-from spiffe_core.spiffeid import SpiffeId, SpiffeIdError, TrustDomain
+from spiffe_core.spiffeid import SpiffeId, SpiffeIdError, TrustDomain, path_of
 from spiffe_wire.logs import LEVELS
-from spiffe_wire.settings import SettingsError, section, setting
+from spiffe_wire.settings import SettingsError, section, sections, setting
 
 ROLE = "server"
 DEFAULT_DATA_DIR = Path("/var/lib/spiffe-issuer/server")
@@ -66,6 +68,71 @@ class RateLimits:
     signing: bool = setting("Sign at most 500 times a second for each agent", True)
 
 
+class WithoutPod(enum.Enum):
+    """What an agent gets that does not say for which pod it asks, as SPIRE's do not."""
+
+    ANY_POD_OF_NODE = "any-pod-of-node"
+    REFUSE = "refuse"
+    ALLOW = "allow"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Kubernetes cluster whose nodes may join, and whose pods are verified."""
+
+    name: str = setting("Name of the cluster; part of its agents' SPIFFE IDs")
+    kubeconfig: Path | None = setting(
+        "How to reach its API server; left out, as a pod of that cluster", None
+    )
+    context: str = setting("Context in the kubeconfig; empty is its current one", "")
+    audience: tuple[str, ...] = setting(
+        "Audiences of agents' tokens; an empty list is the API server's own", ("spire-server",)
+    )
+    service_account_allow_list: tuple[str, ...] = setting(
+        "NAMESPACE:NAME of each account that agents run as; an empty list lets nobody join", ()
+    )
+    allowed_node_label_keys: tuple[str, ...] = setting(
+        "Node labels that become selectors of agents", ()
+    )
+    allowed_pod_label_keys: tuple[str, ...] = setting(
+        "Labels of an agent's pod that become selectors of agents", ()
+    )
+    use_pod_uid_for_agent_id: bool = setting(
+        "Name agents by the UID of their pod instead of their node's", False
+    )
+    verify_pods: bool = setting(
+        "Before signing for an entry with k8s selectors, see that such a pod is on the "
+        "agent's node",
+        True,
+    )
+    agents_without_pod: WithoutPod = setting(
+        "What an agent gets that does not say for which pod it asks, as SPIRE's do not",
+        WithoutPod.ANY_POD_OF_NODE,
+    )
+    namespace_labels: bool = setting("Verify the selector k8s:ns-label", False)
+    stale_limit: timedelta = setting(
+        "For how long pods are known from before while the API server is away; 0s is for ever",
+        timedelta(0),
+    )
+
+    def __post_init__(self) -> None:
+        try:
+            path_of(self.name)
+        except SpiffeIdError as error:
+            raise SettingsError(
+                "name: must be one segment of a SPIFFE ID: A-Z a-z 0-9 . _ -"
+            ) from error
+        for one in self.service_account_allow_list:
+            if _ACCOUNT.fullmatch(one) is None:
+                raise SettingsError(
+                    "service_account_allow_list: each reads NAMESPACE:NAME, such as "
+                    "spiffe:spiffe-agent"
+                )
+
+
+_ACCOUNT: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?:[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
+
+
 @dataclass(frozen=True)
 class Status:
     """Health and metrics over plain HTTP."""
@@ -96,6 +163,7 @@ class ServerSettings:
     )
     authority: Authority = section("The trust domain's authorities", Authority)
     svids: Svids = section("What is issued", Svids)
+    clusters: tuple[Cluster, ...] = sections("Kubernetes clusters of this trust domain")
     rate_limits: RateLimits = section("Limits for each caller", RateLimits)
     status: Status = section("Health and metrics", Status)
     log_style: LogStyle = setting("How log lines look", LogStyle.JSON)
@@ -115,6 +183,9 @@ class ServerSettings:
         if self.svids.jwt_max_ttl > timedelta(hours=1):
             raise SettingsError("svids.jwt_max_ttl: must be at most 1h (SEC-26)")
         self._check_lives()
+        names = [one.name for one in self.clusters]
+        if len(set(names)) < len(names):
+            raise SettingsError("clusters: two of them have the same name")
         if self.svids.agent_ttl < timedelta(seconds=10):
             raise SettingsError("svids.agent_ttl: must be at least 10s")
         if self.authority.x509_ttl < 2 * self.svids.x509_ttl:

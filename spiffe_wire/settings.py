@@ -51,6 +51,11 @@ def section(doc: str, kind: type[Any]) -> Any:
     return dataclasses.field(default_factory=kind, metadata={"doc": doc}, kw_only=True)
 
 
+def sections(doc: str) -> Any:
+    """A field that holds any number of one kind of settings: ``tuple[Kind, ...]``."""
+    return dataclasses.field(default=(), metadata={"doc": doc}, kw_only=True)
+
+
 def load(kind: type[_T], text: str, environment: Mapping[str, str], role: str) -> _T:
     """
     Return settings of *kind* from YAML *text*, overridden by *environment*.
@@ -130,6 +135,8 @@ def rows(kind: type[Any], path: str = "") -> list[Row]:
         here = f"{path}.{field.name}" if path else field.name
         if dataclasses.is_dataclass(type_):
             found += rows(typing.cast(type[Any], type_), here)
+        elif (many := _many(type_)) is not None:
+            found += rows(many, f"{here}[]")
         else:
             default = None if field.default is MISSING else _shown(field.default)
             found.append(Row(here, _named(type_), default, field.metadata["doc"]))
@@ -148,6 +155,8 @@ def json_schema(kind: type[Any]) -> dict[str, Any]:
     for field, type_ in _fields(kind):
         if dataclasses.is_dataclass(type_):
             properties[field.name] = json_schema(typing.cast(type[Any], type_))
+        elif (many := _many(type_)) is not None:
+            properties[field.name] = {"type": "array", "items": json_schema(many)}
         else:
             properties[field.name] = _schema(type_)
         properties[field.name]["description"] = field.metadata["doc"]
@@ -183,6 +192,9 @@ def _build(kind: type[_T], tree: Mapping[str, Any], path: str) -> _T:
                 raise SettingsError(f"{here}: must be keys and values")
             values[name] = _build(typing.cast(type[Any], type_), tree[name], f"{here}.")
             continue
+        if (many := _many(type_)) is not None:
+            values[name] = _build_many(many, tree[name], here)
+            continue
         try:
             values[name] = _value(type_, tree[name])
         except (ValueError, TypeError) as error:
@@ -191,6 +203,25 @@ def _build(kind: type[_T], tree: Mapping[str, Any], path: str) -> _T:
         return kind(**values)
     except SettingsError as error:
         raise SettingsError(f"{path}{error}") from error
+
+
+def _build_many(kind: type[_T], given: Any, path: str) -> tuple[_T, ...]:
+    if not isinstance(given, list):
+        raise SettingsError(f"{path}: must be a list")
+    made = []
+    for number, item in enumerate(given):
+        if not isinstance(item, dict):
+            raise SettingsError(f"{path}[{number}]: must be keys and values")
+        made.append(_build(kind, item, f"{path}[{number}]."))
+    return tuple(made)
+
+
+def _many(type_: Any) -> type[Any] | None:
+    """The kind of settings that a field holds any number of, or None."""
+    if typing.get_origin(type_) is not tuple:
+        return None
+    inner = typing.get_args(type_)[0]
+    return inner if dataclasses.is_dataclass(inner) else None  # type: ignore[return-value]
 
 
 def _value(type_: Any, given: Any) -> Any:
@@ -240,7 +271,12 @@ def _value(type_: Any, given: Any) -> Any:
 def _override(
     kind: type[Any], tree: dict[str, Any], environment: Mapping[str, str], prefix: str
 ) -> None:
-    paths = {prefix + row.path.upper().replace(".", "__"): row.path for row in rows(kind)}
+    # What there can be any number of is for the file alone.
+    paths = {
+        prefix + row.path.upper().replace(".", "__"): row.path
+        for row in rows(kind)
+        if "[]" not in row.path
+    }
     for name in sorted(environment):
         if name not in paths:
             given = f"{name}={environment[name]}"
@@ -288,6 +324,9 @@ def _example(kind: type[Any], given: Mapping[str, str], path: str, pad: str) -> 
         if dataclasses.is_dataclass(type_):
             lines.append(f"{pad}{field.name}:")
             lines += _example(typing.cast(type[Any], type_), given, f"{here}.", pad + "  ")
+        elif (many := _many(type_)) is not None:
+            lines += [f"{pad}{field.name}: []", f"{pad}# one of them:", f"{pad}#   -"]
+            lines += [f"{pad}#{line}" for line in _example(many, {}, f"{here}[].", "     ")]
         else:
             value = given.get(here) or (
                 "" if field.default is MISSING else _shown(field.default)

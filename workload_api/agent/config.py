@@ -54,6 +54,75 @@ class Workloads:
     hash_executables: bool = setting("Offer the selector unix:sha256", True)
 
 
+class NodeAttestor(enum.Enum):
+    """How an agent proves its node."""
+
+    JOIN_TOKEN = "join_token"  # noqa: S105 a name
+    K8S_PSAT = "k8s_psat"
+
+
+class PodSource(enum.Enum):
+    """Who tells an agent of the pods of its node."""
+
+    API_SERVER = "api-server"
+    KUBELET = "kubelet"
+
+
+@dataclass(frozen=True)
+class Kubernetes:
+    """The cluster that this node belongs to."""
+
+    cluster: str = setting("Name of the cluster, as in the server's settings", "")
+    token_path: Path = setting(
+        "Projected service-account token that proves this node (k8s_psat)",
+        Path("/var/run/secrets/tokens/spire-agent"),
+    )
+    workloads: bool = setting("Attest processes of pods: selectors k8s:…", False)
+    pods_from: PodSource = setting(
+        "Who tells of this node's pods; kubelet needs no API server", PodSource.API_SERVER
+    )
+    node_name: str = setting("Name of this node; from spec.nodeName in a DaemonSet", "")
+    kubeconfig: Path | None = setting(
+        "How to reach the API server; left out, as a pod of the cluster", None
+    )
+    kubelet_host: str = setting("Name or address that the kubelet's certificate is for", "")
+    kubelet_port: int = setting("Port of the kubelet's authenticated API", 10250)
+    kubelet_ca: Path | None = setting(
+        "CAs of the kubelet's certificate, PEM; left out, the cluster's own", None
+    )
+    object_uids: bool = setting(
+        "Offer ns-uid and sa-uid: watches namespaces and service accounts", True
+    )
+    namespace_labels: bool = setting(
+        "Offer ns-label; who may label a namespace chooses identities then", False
+    )
+    container_selectors: bool = setting(
+        "Offer container-name and container-image; off, a container of a known pod need not "
+        "be listed yet",
+        True,
+    )
+    cgroup_prefixes: tuple[str, ...] = setting(
+        "Where the kubelet puts pods; * stands for one segment. Empty: the usual places", ()
+    )
+    stale_limit: timedelta = setting(
+        "For how long pods are known from before while their source is away; 0s is for ever",
+        timedelta(0),
+    )
+
+
+@dataclass(frozen=True)
+class Docker:
+    """Containers of Docker, or of Podman."""
+
+    workloads: bool = setting("Attest processes of containers: selectors docker:…", False)
+    socket: Path = setting("Socket of the engine", Path("/var/run/docker.sock"))
+    environment: bool = setting("Offer docker:env; who may start a container chooses it", False)
+    cgroup_prefixes: tuple[str, ...] = setting(
+        "Where the engine puts containers; * stands for one segment. Empty: the usual places",
+        (),
+    )
+
+
 @dataclass(frozen=True)
 class Status:
     """Health and metrics over plain HTTP."""
@@ -83,6 +152,11 @@ class AgentSettings:
         "Users beside our own who may use the admin socket", ()
     )
     join_token_file: Path | None = setting("File with a join token, for the first start", None)
+    node_attestor: NodeAttestor = setting(
+        "How this agent proves its node", NodeAttestor.JOIN_TOKEN
+    )
+    kubernetes: Kubernetes = section("The Kubernetes cluster of this node", Kubernetes)
+    docker: Docker = section("The container engine of this node", Docker)
     server: Server = section("The server", Server)
     workloads: Workloads = section("The workloads", Workloads)
     status: Status = section("Health and metrics", Status)
@@ -98,5 +172,18 @@ class AgentSettings:
             raise SettingsError(f"log_level: must be one of {', '.join(LEVELS)}")
         if self.admin_socket.parent == self.workload_socket.parent:
             raise SettingsError("admin_socket: must not lie in the workload socket's folder")
+        self._check_kubernetes()
         if self.workloads.key_type is KeyKind.RSA_4096:
             raise SettingsError("workloads.key_type: rsa-4096 is too slow to sign ahead with")
+
+    def _check_kubernetes(self) -> None:
+        here = self.kubernetes
+        proves = self.node_attestor is NodeAttestor.K8S_PSAT
+        if (proves or here.workloads) and not here.cluster:
+            raise SettingsError("kubernetes.cluster: must be set, as in the server's settings")
+        if here.workloads and not here.node_name:
+            raise SettingsError(
+                "kubernetes.node_name: must be set; in a DaemonSet from spec.nodeName"
+            )
+        if proves and self.join_token_file is not None:
+            raise SettingsError("join_token_file: node_attestor is k8s_psat, which needs none")

@@ -26,6 +26,7 @@ from spiffe_wire.settings import (
     load,
     rows,
     section,
+    sections,
     setting,
 )
 from workload_api.agent.config import AgentSettings
@@ -67,6 +68,7 @@ class Everything:
     uids: tuple[int, ...] = setting("Numbers", ())
     words: tuple[str, ...] = setting("Texts", ())
     inner: Inner = section("More", Inner)
+    many: tuple[Inner, ...] = sections("Any number of more")
 
 
 def read(text: str, environment: Mapping[str, str] | None = None) -> Everything:
@@ -284,6 +286,37 @@ def test_durations_there_and_back(value: timedelta) -> None:
 def test_units(text: str, seconds: float) -> None:
     """Minutes and milliseconds are told apart."""
     assert duration(text) == timedelta(seconds=seconds)
+
+
+def test_any_number_of_sections() -> None:
+    """A list of settings is read one by one, each with its own defaults."""
+    found = read("many: [{deep: 1}, {}, {pause: 1m}]").many
+    assert found == (Inner(deep=1), Inner(), Inner(pause=timedelta(minutes=1)))
+    assert "many[].deep" in {row.path for row in rows(Everything)}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("many: {deep: 1}", "many: must be a list"),
+        ("many: [1]", r"many\[0\]: must be keys and values"),
+        ("many: [{}, {dep: 1}]", r"many\[1\].dep: no such setting"),
+        ("many: [{deep: x}]", r"many\[0\].deep: must be a whole number"),
+        ("many: [{}, {deep: 13}]", r"many\[1\].deep: must not be 13"),
+    ],
+    ids=["map", "number", "unknown", "type", "impossible"],
+)
+def test_sec_95_one_of_many_is_refused_with_its_path(text: str, why: str) -> None:
+    """SEC-95: what is wrong in one of many has its number in its path."""
+    with pytest.raises(SettingsError, match=why):
+        read(text)
+
+
+def test_sec_95_the_environment_sets_none_of_many() -> None:
+    """SEC-95: what there can be any number of stands in the file alone."""
+    for name in ("MANY", "MANY[]__DEEP", "MANY__DEEP"):
+        with pytest.raises(SettingsError, match="sets no such setting"):
+            read("", {f"SPIFFE_ISSUER_SERVER_{name}": "1"})
 
 
 @pytest.mark.parametrize(
