@@ -97,10 +97,12 @@ def settings(title: str, command: str, kind: type, role: str) -> Iterator[str]:
     yield from ("| Key | Type | Default | What it is | Environment |", "|---|---|---|---|---|")
     for row in rows(kind):
         default = "must be set" if row.default is None else f"`{row.default}`"
-        variable = f"{PREFIX}{role.upper()}_{row.path.upper().replace('.', '__')}"
+        variable = f"`{PREFIX}{role.upper()}_{row.path.upper().replace('.', '__')}`"
+        if "[]" in row.path:
+            variable = "file alone"
         yield (
             f"| `{row.path}` | {cell(row.kind)} | {cell(default)} | {cell(row.doc)} "
-            f"| `{variable}` |"
+            f"| {variable} |"
         )
 
 
