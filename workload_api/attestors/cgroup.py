@@ -8,6 +8,7 @@ reason, never a guess.  Mounts are not read: a process chooses its own.
 """
 
 import enum
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ POD_PREFIXES: Final = (
     "/system.slice/rke2-server.service",
     "/system.slice/rke2-agent.service",
     "/runtime.slice/containerd.service",
+    "/kuberuntime.slice/containerd.service",
+    "/podruntime.slice/containerd.service",
 )
 """Where a node's pods are; none of these can be handed to an ordinary user."""
 
@@ -154,7 +157,7 @@ def container_of(
     """
     unified: _Reading | None = None
     legacy: list[_Reading] = []
-    for controllers, path in _lines(text):
+    for controllers, path in parse_lines(text):
         segments = _absolute(path, controllers, view)
         reading = _Reading(segments, _container(segments, layout))
         if controllers:
@@ -179,20 +182,26 @@ def _agreed(unified: _Reading | None, legacy: Sequence[_Reading]) -> ContainerRe
     A process at the root of one is in no group of it: a runtime need not join them all.
     """
     everywhere = legacy if unified is None else [*legacy, unified]
-    found = next((one.container for one in everywhere if one.container), None)
+    found = next((one for one in everywhere if one.container), None)
     if found is None:
         return None
     for one in everywhere:
-        if one.container == found or (one.container is None and not one.segments):
+        if one.container == found.container or not (one.container or one.segments):
             continue
         # Where the old hierarchies carry the container, older runtimes leave the process in
-        # the new one where they themselves are.
+        # the new one where they themselves are: on the same node, which may be a container.
+        shared = _shared(one.segments, found.segments)
         is_runtime = one is unified and one.container is None
-        if not is_runtime or any(_resembles(segment) for segment in one.segments):
+        if not is_runtime or any(_resembles(each) for each in one.segments[shared:]):
             raise CgroupError(
                 "the cgroup hierarchies place the process in different containers"
             )
-    return found
+    return found.container
+
+
+def _shared(one: Segments, other: Segments) -> int:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return len(list(same))
 
 
 # --- lines -----------------------------------------------------------------------------------
@@ -201,7 +210,7 @@ _LINE = re.compile(rb"(0|[1-9][0-9]{0,5}):([A-Za-z0-9_.,=-]*):(/[^\n]*)")
 _REMOVED: Final = b" (deleted)"
 
 
-def _lines(text: bytes) -> list[tuple[bytes, bytes]]:
+def parse_lines(text: bytes) -> list[tuple[bytes, bytes]]:
     """
     Return controllers and path of each line; the new hierarchy has no controllers.
 
