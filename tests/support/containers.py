@@ -32,7 +32,7 @@ INSIDE = Path("/run/spiffe")
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 _NEEDED = ("docker", "dockerd", "containerd", "runc", "setpriv", "unshare")
 # Those of a kubelet of this machine are not ours to remove.
-_TOPS = ("docker", "libpod_parent", "kubepods/besteffort", "kubepods/burstable")
+_TOPS = ("docker", "libpod_parent", "kubepods", "kubelet/kubepods")
 _LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 
@@ -74,6 +74,11 @@ class Container:
         pid = int((await self.inspect())["State"]["Pid"])
         assert pid, "the container does not run"
         return pid
+
+    async def pids(self) -> list[int]:
+        """All its processes, as this machine numbers them."""
+        lines = (await self.engine.docker("top", self.id, "-o", "pid")).splitlines()
+        return [int(line) for line in lines[1:]]
 
     async def address(self) -> str:
         """Its IP address in the engine's network."""
@@ -273,9 +278,19 @@ class Podman(Engine):
         )
 
 
-def pod_cgroup(uid: str, quality: str = "besteffort") -> str:
-    """Where a kubelet with the cgroupfs driver puts a pod's containers."""
-    return f"/kubepods/pod{uid}" if quality == "guaranteed" else f"/kubepods/{quality}/pod{uid}"
+def pod_cgroup(uid: str, quality: str = "besteffort", root: str = "/kubelet/kubepods") -> str:
+    """
+    Where a kubelet with the cgroupfs driver puts a pod's containers.
+
+    *root* is that of a kubelet which is told so, as kind does: one that runs on this machine
+    ends whatever it does not know below ``/kubepods``.
+    """
+    return f"{root}/pod{uid}" if quality == "guaranteed" else f"{root}/{quality}/pod{uid}"
+
+
+def a_kubelet_runs() -> bool:
+    """Whether ``/kubepods`` belongs to somebody."""
+    return bool(_standing(["kubepods"]))
 
 
 def python(*arguments: str) -> tuple[str, ...]:
