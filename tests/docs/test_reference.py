@@ -12,6 +12,8 @@ import pytest
 from issuer.cli.grammar import parser as issuer_parser
 from issuer.config import ServerSettings
 from spiffe_wire.frontdoor.peer import PeerProof, PidFd, UnixPeer
+from spiffe_wire.k8s.objects import Container, Meta, Owner, Pod
+from spiffe_wire.k8s.selectors import Surroundings, container_selectors, pod_selectors
 from spiffe_wire.settings import rows
 from tests.support.programs import environment
 from tests.support.stack import ROOT
@@ -80,9 +82,14 @@ def test_every_setting_is_there(kind: type, role: str) -> None:
     """Every key stands in config.md with its environment variable."""
     page = (REFERENCE / "config.md").read_text()
     for row in rows(kind):
-        variable = f"SPIFFE_ISSUER_{role}_{row.path.upper().replace('.', '__')}"
-        (line,) = [one for one in page.splitlines() if f"`{variable}`" in one]
-        assert line.startswith(f"| `{row.path}` |")
+        variable = f"`SPIFFE_ISSUER_{role}_{row.path.upper().replace('.', '__')}`"
+        if "[]" in row.path:
+            variable = "file alone"
+        (line,) = [
+            one
+            for one in page.splitlines()
+            if one.startswith(f"| `{row.path}` |") and variable in one
+        ]
         assert row.doc in line
 
 
@@ -109,7 +116,7 @@ async def test_sec_32_sec_35_every_selector_is_explained() -> None:
     )
     attestor = UnixAttestor()
     try:
-        found = {one.value.partition(":")[0] for one in await attestor.attest(peer)}
+        found = {one.value.partition(":")[0] for one in (await attestor.attest(peer)).selectors}
     finally:
         attestor.close()
     assert {"uid", "gid", "path", "sha256"} <= found
@@ -120,3 +127,29 @@ async def test_sec_32_sec_35_every_selector_is_explained() -> None:
         assert "see below" in limits
     assert "always name `uid` beside them" in page
     assert "marked\npartial (SEC-35)" in page
+
+
+def test_sec_35_every_selector_of_pods_is_explained() -> None:
+    """SEC-35: each `k8s` selector the code can yield has a row that says who can set it."""
+    page = (REFERENCE / "selectors.md").read_text()
+    rows_ = dict(re.findall(r"^\| `k8s:([a-z-]+):[^`]+` \|.*?\|(.*)\|$", page, re.MULTILINE))
+    meta = Meta("u", "n", "", {"a": "b"})
+    around = Surroundings("prod", meta, meta, namespace_labels=True)
+    containers = tuple(
+        Container(one, "i:1", "sha256:x", is_init=one == "init", has_status=True)
+        for one in ("web", "init")
+    )
+    pod = Pod(
+        "u",
+        "n",
+        "shop",
+        "web",
+        "node",
+        "10.0.0.1",
+        {"app": "web"},
+        (Owner("ReplicaSet", "web", "u"),),
+        containers,
+    )
+    found = pod_selectors(pod, around) | container_selectors(containers[0])
+    assert {one.value.partition(":")[0] for one in found} == set(rows_)
+    assert all(len(row.split("|")) == 2 and all(row.split("|")) for row in rows_.values())
