@@ -1,0 +1,579 @@
+"""The API server itself: who asks, what, whether they may, and the answer."""
+
+import asyncio
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+from aiohttp import web
+
+from tests.support.k8s import admission, discovery, rbac
+from tests.support.k8s.answers import (
+    META,
+    PARTIAL,
+    abort,
+    broken_answer,
+    error_answer,
+    failure,
+    json_answer,
+    partial,
+    text_answer,
+    wanted_form,
+)
+from tests.support.k8s.calls import Call, Calls
+from tests.support.k8s.faults import Faults
+from tests.support.k8s.objects import instant
+from tests.support.k8s.resources import (
+    NAMESPACES,
+    PODS,
+    SERVICE_ACCOUNTS,
+    TOKEN_REVIEWS,
+    Catalogue,
+    PageNotFound,
+    Resource,
+    Target,
+    target_of,
+)
+from tests.support.k8s.selecting import fields_test, labels_test, required_name
+from tests.support.k8s.status import (
+    ApiError,
+    bad_request,
+    conflict,
+    forbidden,
+    gone,
+    invalid,
+    not_acceptable,
+    not_allowed,
+    not_found,
+    unauthorized,
+    unsupported_media_type,
+)
+from tests.support.k8s.store import Body, Store
+from tests.support.k8s.tokens import Clock, TokenAuthority
+from tests.support.k8s.users import NOBODY, User, account_name, person
+from tests.support.k8s.watching import Watch
+
+_VERBS = {"GET": "get", "HEAD": "get", "POST": "create", "PUT": "update", "PATCH": "patch",
+          "DELETE": "delete"}  # fmt: skip
+MERGE_PATCHES = ("application/merge-patch+json", "application/strategic-merge-patch+json")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, read."""
+
+    request: web.BaseRequest
+    target: Target
+    verb: str
+    user: User
+
+    @property
+    def query(self) -> Any:
+        """The URL's parameters."""
+        return self.request.query
+
+
+class ApiServer:
+    """Answers requests over one store."""
+
+    def __init__(
+        self,
+        store: Store,
+        tokens: TokenAuthority,
+        clock: Clock,
+        *,
+        version: str,
+        ca_pem: str,
+        base_url: Callable[[], str],
+    ) -> None:
+        self.store = store
+        self.tokens = tokens
+        self.clock = clock
+        self.version = version
+        self.ca_pem = ca_pem
+        self.base_url = base_url
+        self.catalogue = Catalogue()
+        self.calls = Calls()
+        self.faults = Faults()
+        self.watches: set[Watch] = set()
+        self.reviewing: Callable[[Body, Body], Any] = lambda spec, status: status
+        """May change the status of a TokenReview: it gets the spec and what would be right."""
+        self.gone_as_status = False
+        """Say 410 to a watch as HTTP status instead of an ERROR event, as some servers do."""
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request; what it was and how it ended is on record."""
+        target = target_of(request.path) or Target()
+        verb = self._verb(request, target)
+        name = target.name or (
+            required_name(request.query.get("fieldSelector", ""))
+            if verb in ("list", "watch")
+            else ""
+        )
+        target = replace(target, name=name)
+        user = self.authenticate(request)
+        call = Call(
+            user.name if user else "",
+            verb,
+            target.group,
+            target.plural,
+            target.subresource,
+            target.namespace,
+            target.name,
+            request.path,
+        )
+        asked = Asked(request, target, verb, user or NOBODY)
+        try:
+            answer = await self._answer(asked, call, is_known=user is not None)
+        except PageNotFound:
+            answer = text_answer("404 page not found\n", 404)
+        except ApiError as error:
+            answer = error_answer(request, error)
+        except asyncio.CancelledError:
+            self.calls.add(call)
+            raise
+        if not isinstance(answer, _Noted):
+            self.calls.add(replace(call, status=answer.status))
+        return answer
+
+    @staticmethod
+    def _verb(request: web.BaseRequest, target: Target) -> str:
+        verb = _VERBS.get(request.method, request.method.lower())
+        if not target.plural:
+            return request.method.lower()
+        if verb == "get" and request.query.get("watch") in ("1", "true"):
+            return "watch"
+        if verb == "get" and not target.name:
+            return "list"
+        if verb == "delete" and not target.name:
+            return "deletecollection"
+        return verb
+
+    def authenticate(self, request: web.BaseRequest) -> User | None:
+        """The user of a client certificate or else of a bearer token; None is nobody."""
+        certificate = request.transport and request.transport.get_extra_info("peercert")
+        if certificate:
+            parts = [pair for rdn in certificate["subject"] for pair in rdn]
+            name = next((value for key, value in parts if key == "commonName"), "")
+            groups = [value for key, value in parts if key == "organizationName"]
+            return person(name, *groups)
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            return None
+        return self.tokens.check(token.strip()).user
+
+    async def _answer(self, asked: Asked, call: Call, *, is_known: bool) -> web.StreamResponse:
+        request = asked.request
+        fault = self.faults.meeting(call)
+        if fault is not None:
+            if fault.kind == "delay":
+                await asyncio.sleep(fault.seconds)
+            elif fault.kind == "hang":
+                await fault.ended.wait()
+            elif fault.kind == "fail":
+                return failure(request, fault)
+            elif fault.kind == "reset":
+                abort(request)
+                return web.Response(status=500)
+            else:
+                return await broken_answer(request, fault, asked.verb == "watch")
+        if not is_known:
+            raise unauthorized()
+        self._authorise(asked)
+        if not asked.target.plural:
+            return self._page(asked)
+        resource = self.catalogue.find(asked.target)
+        if asked.verb not in resource.verbs and not asked.target.subresource:
+            raise not_allowed()
+        if asked.verb == "watch":
+            return await self._watch(asked, resource, call)
+        if asked.target.subresource:
+            return await self._subresource(asked)
+        if resource is TOKEN_REVIEWS:
+            return await self._review(asked)
+        return await getattr(self, f"_{asked.verb}")(asked, resource)
+
+    def _authorise(self, asked: Asked) -> None:
+        target, path = asked.target, asked.request.path
+        what = rbac.Attributes(
+            asked.user,
+            asked.verb,
+            target.group,
+            target.plural,
+            target.subresource,
+            target.namespace,
+            target.name,
+            path,
+        )
+        allowed, missing = rbac.allows(self.store, what)
+        if not allowed:
+            why = what.sentence() + (f": {missing}" if missing else "")
+            raise forbidden(target.group, target.plural, target.name, why)
+
+    # Paths that are no resource.
+
+    def _page(self, asked: Asked) -> web.Response:
+        path = asked.request.path
+        if path in ("/livez", "/readyz", "/healthz"):
+            return text_answer("ok", 200, **{"X-Content-Type-Options": "nosniff"})
+        if path == "/openid/v1/jwks":
+            answer = json_answer(asked.request, self.tokens.jwks())
+            answer.content_type = "application/jwk-set+json"
+        elif path == "/.well-known/openid-configuration":
+            body = discovery.openid(self.tokens.issuer, self.base_url(), self.tokens.algorithm)
+            answer = json_answer(asked.request, body)
+        else:
+            found = discovery.page(path, self.catalogue, self.version)
+            if found is None:
+                raise PageNotFound()
+            return json_answer(asked.request, found)
+        answer.headers["Cache-Control"] = "public, max-age=3600"
+        return answer
+
+    # Reading.
+
+    def _found(self, asked: Asked, resource: Resource) -> Body:
+        target = asked.target
+        found = self.store.get(admission.key_of(resource, target.namespace, target.name))
+        if found is None:
+            raise not_found(target.group, target.plural, target.name)
+        return found
+
+    async def _get(self, asked: Asked, resource: Resource) -> web.Response:
+        form = wanted_form(asked.request)
+        found = self._found(asked, resource)
+        if form == f"{PARTIAL}List":
+            raise not_acceptable(
+                f"you requested {form}, but the requested object is not a list "
+                f"(*core.{resource.kind})"
+            )
+        return json_answer(asked.request, partial(found) if form else found)
+
+    def _selection(self, asked: Asked, resource: Resource) -> Callable[[Body], bool]:
+        by_label = labels_test(asked.query.get("labelSelector", ""))
+        by_field = fields_test(asked.query.get("fieldSelector", ""), resource)
+        namespace = asked.target.namespace if resource.namespaced else ""
+
+        def sees(body: Body) -> bool:
+            here = namespace in ("", body["metadata"].get("namespace", ""))
+            return here and by_label(body) and by_field(body)
+
+        return sees
+
+    async def _list(self, asked: Asked, resource: Resource) -> web.Response:
+        form = wanted_form(asked.request)
+        if form == PARTIAL:
+            raise not_acceptable(
+                f"you requested {form}, but the requested object is a list "
+                f"(*core.{resource.kind}List)"
+            )
+        sees = self._selection(asked, resource)
+        version, begin = self._list_version(asked)
+        try:
+            bodies = self.store.objects(resource, at=version)
+        except ApiError as error:
+            if begin:
+                raise gone(_CONTINUE_TOO_OLD) from error
+            raise
+        found = [one for one in bodies if sees(one) and _place(one) > begin]
+        meta: Body = {"resourceVersion": str(version)}
+        limit = int(asked.query.get("limit") or 0)
+        if limit and len(found) > limit:
+            meta["continue"] = _continue(version, _place(found[limit - 1]))
+            if not (asked.query.get("labelSelector") or asked.query.get("fieldSelector")):
+                meta["remainingItemCount"] = len(found) - limit
+            found = found[:limit]
+        if form:
+            kinds = {"kind": f"{PARTIAL}List", **META}
+            items = [partial(one) for one in found]
+        else:
+            kinds = {"kind": f"{resource.kind}List", "apiVersion": resource.api_version}
+            items = [
+                {key: one[key] for key in one if key not in ("kind", "apiVersion")}
+                for one in found
+            ]
+        return json_answer(asked.request, {**kinds, "metadata": meta, "items": items})
+
+    def _list_version(self, asked: Asked) -> tuple[int, tuple[str, str]]:
+        if token := asked.query.get("continue"):
+            try:
+                read = json.loads(base64.urlsafe_b64decode(token))
+                namespace, name = read["start"]
+                return int(read["rv"]), (namespace, name)
+            except (ValueError, KeyError, TypeError) as error:
+                raise bad_request("continue key is not valid: it cannot be read") from error
+        wanted = _version_of(asked) or 0
+        if wanted > self.store.version:
+            message = f"Too large resource version: {wanted}, current: {self.store.version}"
+            causes = [
+                {"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}
+            ]
+            details = {"causes": causes, "retryAfterSeconds": 1}
+            raise ApiError(504, "Timeout", f"Timeout: {message}", details, {"Retry-After": "1"})
+        exact = asked.query.get("resourceVersionMatch") == "Exact"
+        return (wanted if exact else self.store.version), ("", "")
+
+    async def _watch(self, asked: Asked, resource: Resource, call: Call) -> web.StreamResponse:
+        form = wanted_form(asked.request)
+        sees = self._selection(asked, resource)
+        since = _version_of(asked) or None  # "0" means any state, as none does
+        if self.gone_as_status and since is not None:
+            self.store.changes_after(since)
+        watch = Watch(
+            self.store,
+            resource,
+            sees,
+            is_partial=bool(form),
+            bookmarks=asked.query.get("allowWatchBookmarks") in ("1", "true"),
+            user=asked.user.name,
+        )
+        answer = _Noted(
+            headers={"Content-Type": "application/json", "Cache-Control": "no-cache"}
+        )
+        answer.enable_chunked_encoding()
+        seconds = float(asked.query.get("timeoutSeconds") or 1800)
+        self.watches.add(watch)
+        watch.begin(since)
+        self.calls.add(replace(call, status=200))
+        timer = asyncio.get_running_loop().call_later(seconds, _end, watch)
+        try:
+            await answer.prepare(asked.request)
+            await watch.serve(asked.request, answer)
+        except ConnectionError:
+            pass  # the client went: nothing is left to tell it
+        finally:
+            timer.cancel()
+            watch.close()
+            self.watches.discard(watch)
+        return answer
+
+    # Writing.
+
+    async def _body(self, asked: Asked, *accepted: str) -> Body:
+        kinds = accepted or ("application/json",)
+        if "Content-Type" in asked.request.headers and asked.request.content_type not in kinds:
+            raise unsupported_media_type(*kinds)
+        try:
+            read = json.loads(await asked.request.read())
+        except ValueError as error:
+            raise bad_request(
+                "the object provided is unrecognized (must be of type "
+                f"{asked.target.plural}): couldn't get version/kind; json parse error: {error}"
+            ) from error
+        if not isinstance(read, dict):
+            raise bad_request("the object provided is no object")
+        return read
+
+    async def _create(self, asked: Asked, resource: Resource) -> web.Response:
+        body = await self._body(asked)
+        namespace = asked.target.namespace
+        now = self.clock.now()
+        made = admission.created(self.store, resource, namespace, body, now, self.ca_pem)
+        return json_answer(asked.request, made, 201)
+
+    async def _update(self, asked: Asked, resource: Resource) -> web.Response:
+        body = await self._body(asked)
+        before = self._found(asked, resource)
+        version = body["metadata"].get("resourceVersion")
+        admission.must_be_current(resource, before, version)
+        meta = before["metadata"] | {
+            key: value
+            for key, value in body["metadata"].items()
+            if key in ("labels", "annotations", "ownerReferences", "finalizers")
+        }
+        return json_answer(
+            asked.request, self._keep(resource, before | body | {"metadata": meta})
+        )
+
+    async def _patch(self, asked: Asked, resource: Resource) -> web.Response:
+        change = await self._body(asked, *MERGE_PATCHES)
+        before = self._found(asked, resource)
+        return json_answer(
+            asked.request, self._keep(resource, admission.merged(resource, before, change))
+        )
+
+    def _keep(self, resource: Resource, body: Body) -> Body:
+        meta = body["metadata"]
+        key = admission.key_of(resource, meta.get("namespace", ""), meta["name"])
+        return self.store.put(resource, key, body)
+
+    async def _delete(self, asked: Asked, resource: Resource) -> web.Response:
+        found = self._found(asked, resource)
+        sent = await asked.request.read()
+        options = json.loads(sent) if sent[:1] == b"{" else {}
+        uid = (options.get("preconditions") or {}).get("uid")
+        meta = found["metadata"]
+        if uid and uid != meta["uid"]:
+            why = (
+                f"Precondition failed: UID in precondition: {uid}, "
+                f"UID in object meta: {meta['uid']}"
+            )
+            raise conflict(resource.group, resource.plural, meta["name"], why)
+        leaving = self.remove(resource, found)
+        if resource in (PODS, NAMESPACES, SERVICE_ACCOUNTS):
+            return json_answer(asked.request, leaving)
+        details = {"name": meta["name"], "kind": resource.plural, "uid": meta["uid"]}
+        body = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
+        return json_answer(asked.request, body | {"details": details})
+
+    def remove(self, resource: Resource, body: Body, *, graceful: bool = True) -> Body:
+        """Take an object out; a pod on a node is seen to be leaving first, a namespace too."""
+        meta = body["metadata"]
+        if graceful and (resource is NAMESPACES or body.get("spec", {}).get("nodeName")):
+            body = self.terminate(resource, body)
+        if resource is NAMESPACES:
+            for kind in self.catalogue:
+                if kind.namespaced:
+                    for inner in self.store.objects(kind, meta["name"]):
+                        self.remove(kind, inner, graceful=False)
+        where = meta.get("namespace", "")
+        self.store.remove(resource, admission.key_of(resource, where, meta["name"]))
+        return body
+
+    def terminate(self, resource: Resource, body: Body) -> Body:
+        """Mark an object as leaving, as a delete with grace does."""
+        grace = body.get("spec", {}).get("terminationGracePeriodSeconds", 0)
+        ends = self.clock.now() + timedelta(seconds=grace)
+        meta = body["metadata"] | {"deletionTimestamp": instant(ends)}
+        if resource is PODS:
+            meta["deletionGracePeriodSeconds"] = grace
+        changed = body | {"metadata": meta}
+        if resource is NAMESPACES:
+            changed["status"] = {"phase": "Terminating"}
+        return self._keep(resource, changed)
+
+    # Tokens.
+
+    async def _review(self, asked: Asked) -> web.Response:
+        wanted_form(asked.request)
+        body = await self._body(asked)
+        kind = (
+            body.get("kind", "TokenReview"),
+            body.get("apiVersion", "authentication.k8s.io/v1"),
+        )
+        if kind != ("TokenReview", "authentication.k8s.io/v1"):
+            raise bad_request(
+                f"no kind {kind[0]!r} is registered for version {kind[1]!r}".replace("'", '"')
+            )
+        spec = body.get("spec") or {}
+        token = spec.get("token", "")
+        if not token:
+            raise bad_request("token is required for TokenReview in authentication")
+        status = self.tokens.review(token, tuple(spec.get("audiences") or ()))
+        made = {
+            "kind": "TokenReview",
+            "apiVersion": "authentication.k8s.io/v1",
+            "metadata": {"creationTimestamp": None} | (body.get("metadata") or {}),
+            "spec": spec,
+            "status": self.reviewing(spec, status),
+        }
+        return json_answer(asked.request, made, 201)
+
+    async def _subresource(self, asked: Asked) -> web.Response:
+        target = asked.target
+        if (target.plural, target.subresource, asked.verb) == (
+            "serviceaccounts",
+            "token",
+            "create",
+        ):
+            return json_answer(asked.request, self._token(asked, await self._body(asked)), 201)
+        if (target.plural, target.subresource, asked.verb) == ("pods", "status", "patch"):
+            return await self._patch(asked, PODS)
+        raise not_allowed()
+
+    def _token(self, asked: Asked, body: Body) -> Body:
+        account = self._found(asked, SERVICE_ACCOUNTS)
+        spec = {"audiences": None, "expirationSeconds": None} | (body.get("spec") or {})
+        seconds = 3600 if spec["expirationSeconds"] is None else spec["expirationSeconds"]
+        for wrong, why in (
+            (seconds < 600, "may not specify a duration less than 10 minutes"),
+            (seconds > 1 << 32, "may not specify a duration larger than 2^32 seconds"),
+        ):
+            if wrong:
+                field = "spec.expirationSeconds"
+                group = "authentication.k8s.io"
+                raise invalid(group, "TokenRequest", "", field, seconds, why)
+        pod = self._bound_pod(account, spec.get("boundObjectRef"))
+        audiences = tuple(spec["audiences"] or self.tokens.audiences)
+        lifetime = timedelta(seconds=seconds)
+        claims = self.tokens.claims(account, pod=pod, audiences=audiences, lifetime=lifetime)
+        return {
+            "kind": "TokenRequest",
+            "apiVersion": "authentication.k8s.io/v1",
+            "metadata": {
+                "name": account["metadata"]["name"],
+                "namespace": account["metadata"]["namespace"],
+                "creationTimestamp": instant(self.clock.now()),
+            },
+            "spec": spec | {"audiences": list(audiences), "expirationSeconds": seconds},
+            "status": {
+                "token": self.tokens.seal(claims),
+                "expirationTimestamp": instant(self.clock.now() + lifetime),
+            },
+        }
+
+    def _bound_pod(self, account: Body, ref: Body | None) -> Body | None:
+        if ref is None:
+            return None
+        if ref.get("kind") != "Pod" or ref.get("apiVersion") != "v1":
+            what = f"{ref.get('apiVersion')}, Kind={ref.get('kind')}"
+            raise bad_request(f"cannot bind token for serviceaccount to object of type {what}")
+        meta = account["metadata"]
+        pod = self.store.get(admission.key_of(PODS, meta["namespace"], ref["name"]))
+        if pod is None:
+            raise not_found("", "pods", ref["name"])
+        uid = ref.get("uid") or pod["metadata"]["uid"]
+        if uid != pod["metadata"]["uid"]:
+            why = (
+                f"the UID in the bound object reference ({uid}) does not match the UID in "
+                "record. The object might have been deleted and then recreated"
+            )
+            raise conflict("", "pods", ref["name"], why)
+        if pod["spec"]["serviceAccountName"] != meta["name"]:
+            name = account_name(meta["namespace"], meta["name"])
+            raise bad_request(
+                f'cannot bind token for serviceaccount "{name}" to pod running with '
+                "different serviceaccount name."
+            )
+        return pod
+
+
+class _Noted(web.StreamResponse):
+    """An answer whose call is on record already."""
+
+
+def _end(watch: Watch) -> None:
+    watch.bookmark()
+    watch.end()
+
+
+def _version_of(asked: Asked) -> int | None:
+    text = asked.query.get("resourceVersion", "")
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise bad_request(
+            f'resourceVersion: Invalid value: "{text}": strconv.ParseUint: parsing'
+        )
+    return int(text)
+
+
+def _place(body: Body) -> tuple[str, str]:
+    return body["metadata"].get("namespace", ""), body["metadata"]["name"]
+
+
+def _continue(version: int, last: tuple[str, str]) -> str:
+    read = {"v": "meta.k8s.io/v1", "rv": version, "start": list(last)}
+    return base64.urlsafe_b64encode(json.dumps(read).encode()).decode()
+
+
+_CONTINUE_TOO_OLD = (
+    "The provided continue parameter is too old to display a consistent list result. You can "
+    "start a new list without the continue parameter, or use the continue token in this "
+    "response to retrieve the remainder of the results. Continuing with the provided token "
+    "results in an inconsistent list - objects that were created, modified, or deleted "
+    "between the time the first chunk was returned and now may show up in the list."
+)
