@@ -157,9 +157,12 @@ def container_of(
     """
     unified: _Reading | None = None
     legacy: list[_Reading] = []
+    known: dict[Segments, ContainerRef | None] = {}  # most lines say the same
     for controllers, path in parse_lines(text):
         segments = _absolute(path, controllers, view)
-        reading = _Reading(segments, _container(segments, layout))
+        if segments not in known:
+            known[segments] = _container(segments, layout)
+        reading = _Reading(segments, known[segments])
         if controllers:
             legacy.append(reading)
         else:
@@ -278,10 +281,10 @@ def _prefix(text: str) -> Segments:
 # --- paths -----------------------------------------------------------------------------------
 
 _ID = rb"(?P<id>[0-9a-f]{64})"
-_UUID = rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+_PARTS = tuple(b"[0-9a-f]{%d}" % digits for digits in (8, 4, 4, 4, 12))
 # A pod of the kubelet's own files has the MD5 of the file for a UID.
-_POD = re.compile(rb"pod(?P<uid>" + _UUID + rb"|[0-9a-f]{32})")
-_SLICE_UID = rb"pod(?P<uid>" + _UUID.replace(b"-", b"_") + rb"|[0-9a-f]{32})\.slice"
+_POD = re.compile(rb"pod(?P<uid>" + b"-".join(_PARTS) + rb"|[0-9a-f]{32})")
+_SLICE_UID = rb"pod(?P<uid>" + b"_".join(_PARTS) + rb"|[0-9a-f]{32})\.slice"
 _POD_SCOPE = re.compile(rb"(?P<runtime>cri-containerd|crio|docker)-" + _ID + rb"\.scope")
 _POD_FOLDER = re.compile(rb"(?:(?P<runtime>crio)-)?" + _ID)
 _POD_NAME = re.compile(  # systemd's name for it, taken for a folder's
