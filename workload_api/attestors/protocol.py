@@ -17,18 +17,6 @@ class AttestationError(NotReadyError):
     """It may be one of ours, but the attestor can't vouch for it."""
 
 
-class NotYetError(AttestationError):
-    """
-    It is one of ours, and what is to be known of it is on its way.
-
-    *arrived* is done when it is worth asking again; who waits for it holds no slot.
-    """
-
-    def __init__(self, message: str, arrived: "asyncio.Future[None]") -> None:
-        super().__init__(message)
-        self.arrived = arrived
-
-
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What one attestor learnt of a process; no selectors mean "not one of mine"."""
@@ -36,6 +24,27 @@ class Finding:
     selectors: SelectorSet = frozenset()
     changed: "asyncio.Future[None] | None" = None
     """Done when this may be true no longer; None when only a new look can tell."""
+    missing: str = ""
+    """Why there may be more, or others; the result is marked partial then (SEC-35)."""
+
+
+NOTHING_FOUND: Final = Finding()
+
+
+class NotYetError(AttestationError):
+    """
+    It is one of ours, and what is to be known of it is on its way.
+
+    *arrived* is done when it is worth asking again; who waits for it holds no slot.  *so_far*
+    is what holds already, for when the time is up.
+    """
+
+    def __init__(
+        self, message: str, arrived: "asyncio.Future[None]", so_far: Finding = NOTHING_FOUND
+    ) -> None:
+        super().__init__(message)
+        self.arrived = arrived
+        self.so_far = so_far
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from spiffe_wire.frontdoor.peer import UnixPeer
 from spiffe_wire.logs import event
 from workload_api.attestors.protocol import (
     AT_ONCE,
+    NOTHING_FOUND,
     PER_UID,
     AttestationError,
     Attested,
@@ -88,15 +89,15 @@ class Attestation:
         partial: dict[str, str] = {}
         changed = []
         for attestor, answer in zip(self._attestors, found, strict=True):
-            if isinstance(answer, AttestationError):
-                partial[attestor.type] = str(answer)
-                if isinstance(answer, NotYetError):
-                    changed.append(answer.arrived)
-            else:
-                selectors |= answer.selectors
-                if answer.changed is not None:
-                    changed.append(answer.changed)
-        if len(partial) == len(self._attestors):
+            known, reason = _known(answer)
+            selectors |= known.selectors
+            if reason:
+                partial[attestor.type] = reason
+            if isinstance(answer, NotYetError):
+                changed.append(answer.arrived)
+            if known.changed is not None:
+                changed.append(known.changed)
+        if not selectors and len(partial) == len(self._attestors):
             reasons = "; ".join(f"{name}: {why}" for name, why in partial.items())
             raise NotReadyError(f"workload attestation failed: {reasons}")
         return Attested(selectors, partial, tuple(changed))
@@ -130,3 +131,11 @@ class Attestation:
             # A plug-in's mistake costs its own selectors, not those of the others (SEC-35).
             event(_log, logging.ERROR, "attestor_failed", type=attestor.type, exc_info=error)
             return AttestationError("failed; the log says why")
+
+
+def _known(answer: "Finding | AttestationError") -> tuple[Finding, str]:
+    """Return what holds of one attestor's answer, and why that is not all."""
+    if isinstance(answer, Finding):
+        return answer, answer.missing
+    so_far = answer.so_far if isinstance(answer, NotYetError) else NOTHING_FOUND
+    return so_far, str(answer)
