@@ -5,6 +5,7 @@ Source: Kubernetes API core/v1; SPIRE API 10.  What an API server or kubelet sen
 here and nowhere else; past this module nobody looks at its JSON.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from spiffe_core.errors import InternalError
 
 _STATIC_POD: Final = "kubernetes.io/config.hash"
 _OVER: Final = frozenset({"Succeeded", "Failed"})
+_MD5: Final = re.compile("[0-9a-f]{32}")
 
 
 class ObjectError(InternalError):
@@ -33,6 +35,8 @@ class Container:
     """Of the running one, or the last; without ``containerd://``; empty before it started."""
     is_init: bool = False
     has_status: bool = False
+    is_ended: bool = False
+    """The one of `ids` runs no longer; another may be about to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class Pod:
     ephemeral_ids: frozenset[str] = frozenset()
     """Containers that were added for debugging: nobody vouches for what runs in them."""
     config_hash: str = ""
-    """A static pod's own UID, which its cgroup has; `uid` is its mirror's."""
+    """A static pod's own UID, which its cgroup has; `uid` is its mirror's.  Never a UUID."""
     is_over: bool = False
     """All its containers have ended for good."""
     is_ending: bool = False
@@ -114,8 +118,8 @@ def pod_of(given: Any) -> Pod:
         _text(metadata, "uid"),
         _text(metadata, "name"),
         sys.intern(_text(metadata, "namespace")),
-        # The API server fills it in; a kubelet's static pod has none.
-        sys.intern(_text(spec, "serviceAccountName", "") or "default"),
+        # The API server fills it in; a static pod has none, and is nobody's "default".
+        sys.intern(_text(spec, "serviceAccountName", "")),
         sys.intern(_text(spec, "nodeName", "")),
         _text(status, "hostIP", ""),
         _labels(metadata),
@@ -129,7 +133,7 @@ def pod_of(given: Any) -> Pod:
             for state in _list(status, "ephemeralContainerStatuses")
             for one in _ids_of(state)
         ),
-        _text(annotations, _STATIC_POD, ""),
+        _hash_of(annotations),
         is_over=_text(status, "phase", "") in _OVER,
         is_ending="deletionTimestamp" in metadata,
     )
@@ -151,7 +155,20 @@ def _containers(spec: Any, status: Any, kind: str, statuses: str) -> Iterator[Co
                 frozenset(_ids_of(state)),
                 is_init,
                 has_status=True,
+                is_ended=_is_ended(state),
             )
+
+
+def _hash_of(annotations: Mapping[str, Any]) -> str:
+    # Whoever makes a pod may write this, so it must not be able to name another pod's UID.
+    text = annotations.get(_STATIC_POD)
+    return text if isinstance(text, str) and _MD5.fullmatch(text) else ""
+
+
+def _is_ended(state: Any) -> bool:
+    now = _map(state, "state")
+    # One that waits to be started anew still has the id of its last run.
+    return "terminated" in now or ("waiting" in now and bool(_text(state, "containerID", "")))
 
 
 def _ids_of(state: Any) -> Iterator[str]:
@@ -206,3 +223,41 @@ def _text(given: Any, key: str, default: str | None = None) -> str:
     if not isinstance(found, str) or (not found and default is None):
         raise ObjectError(f"{key} of an object is not there, or not text")
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class TokenReview:
+    """What an API server says of a token: never the token."""
+
+    is_authenticated: bool
+    user: str
+    audiences: frozenset[str]
+    """Those of the asked ones that it is for; a server that knows no audiences has none."""
+    extra: Mapping[str, str]
+    """What has exactly one value."""
+    error: str = ""
+
+
+def review_of(given: Any) -> TokenReview:
+    """
+    Parse an answered TokenReview.
+
+    Raises:
+        ObjectError: it is not of the form it has.
+    """
+    status = _map(given, "status")
+    user = _map(status, "user")
+    extra = _map(user, "extra")
+    audiences = _list(status, "audiences")
+    if not all(isinstance(one, str) for one in audiences):
+        raise ObjectError("an audience of a token is not text")
+    single = {key: values[0] for key in extra if len(values := _list(extra, key)) == 1}
+    if not all(isinstance(one, str) for one in single.values()):
+        raise ObjectError("a fact about a user is not text")
+    return TokenReview(
+        status.get("authenticated") is True,
+        _text(user, "username", ""),
+        frozenset(audiences),
+        single,
+        _text(status, "error", ""),
+    )
