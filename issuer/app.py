@@ -28,6 +28,7 @@ from ca.rotator import Rotator
 from issuer.api.callers import AccessInterceptor, Callers
 from issuer.api.server import SIGNING_RATE, STATUS_RATE, Api, ApiLimits
 from issuer.attestation.join_token import JoinTokenAttestor
+from issuer.attestation.protocol import NodeAttestor
 from issuer.config import ServerSettings
 from issuer.services.agents import AgentService
 from issuer.services.bundles import BundleService
@@ -182,7 +183,11 @@ async def serve(
             raise unusable(settings.database) from error
         metrics = ServerMetrics()
         running: list[Server] = []
-        api = _api(settings, store, hub, rotator, clock, metrics, lambda: running[0].is_ready())
+        attestors = _attestors(stack, settings)
+        api = _api(
+            settings, store, hub, rotator, clock, metrics, attestors,
+            lambda: running[0].is_ready(),
+        )  # fmt: skip
         own = OwnSvid(api.svids, hub, clock, trust_domain.server_id, settings.svids.agent_ttl)
         await own.renew()
         refusals = api.callers.refusals
@@ -210,6 +215,26 @@ async def serve(
             event(_log, logging.INFO, "server_stopping")
 
 
+def _attestors(
+    stack: contextlib.AsyncExitStack, settings: ServerSettings
+) -> Mapping[str, NodeAttestor]:
+    trust_domain = TrustDomain(settings.trust_domain)
+    made: dict[str, NodeAttestor] = {JoinTokenAttestor.type: JoinTokenAttestor(trust_domain)}
+    if settings.clusters:
+        # Here, so that a server without a cluster has no HTTP client in it.
+        from issuer.attestation.k8s_psat import ClusterAccess, K8sPsatAttestor
+        from spiffe_wire.k8s.client import Client
+        from spiffe_wire.k8s.credentials import access_of
+
+        clusters = {}
+        for one in settings.clusters:
+            client = Client(access_of(one.kubeconfig, one.context, os.environ))
+            stack.push_async_callback(client.close)
+            clusters[one.name] = ClusterAccess(one, client)
+        made[K8sPsatAttestor.type] = K8sPsatAttestor(trust_domain, clusters)
+    return made
+
+
 def _api(
     settings: ServerSettings,
     store: Store,
@@ -217,6 +242,7 @@ def _api(
     rotator: Rotator,
     clock: Clock,
     metrics: ServerMetrics,
+    attestors: Mapping[str, NodeAttestor],
     is_ready: Callable[[], bool],
 ) -> Api:
     trust_domain = TrustDomain(settings.trust_domain)
@@ -230,7 +256,6 @@ def _api(
         trust_domain,
         metrics.on_issued,
     )
-    attestors = {JoinTokenAttestor.type: JoinTokenAttestor(trust_domain)}
     agents = AgentService(
         store, hub, svids, clock, trust_domain, attestors, settings.svids.agent_ttl
     )

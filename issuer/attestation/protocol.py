@@ -19,6 +19,7 @@ class AttestedNode:
     agent_id: SpiffeId
     selectors: SelectorSet
     can_reattest: bool
+    """False: the node is refused while it is there, unless *consume* lets it back."""
     check: Callable[[Repositories], None] | None = None
     """Raises if the proof would not do; asked before anything is signed."""
     consume: Callable[[Repositories], None] | None = None

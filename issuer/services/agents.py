@@ -24,6 +24,7 @@ from spiffe_core.entry import RegistrationEntry
 from spiffe_core.errors import (
     AbortedError,
     AlreadyExistsError,
+    ForbiddenError,
     InternalError,
     MalformedError,
     NotReadyError,
@@ -185,6 +186,7 @@ class AgentService:
             PreconditionError: no such attestor is configured.
             MalformedError: the payload or CSR breaks a rule.
             AgentDeniedError: the agent is banned.
+            ForbiddenError: its proof is good for one attestation, until it is evicted.
         """
         attestor = self.attestors.get(attestation_type)
         if attestor is None:
@@ -195,8 +197,13 @@ class AgentService:
         public_key = self.svids.key_of(csr)
         node = await attestor.attest(payload, public_key=public_key, challenge=challenge)
         self._check_attested(node.agent_id, attestation_type)
-        if node.check is not None:  # a stranger's guess costs a look, not a signature
-            await self.store.read(node.check)
+
+        def check(repos: Repositories) -> None:
+            if node.check is not None:
+                node.check(repos)
+            _check_open(repos, node)
+
+        await self.store.read(check)  # a stranger's guess costs a look, not a signature
         self.svids.check_unclaimed(public_key, node.agent_id)
         signed = self.svids.sign_reserved(node.agent_id, public_key, self.agent_ttl)
         crash_point("attest.signed")
@@ -211,8 +218,10 @@ class AgentService:
         )
 
         def work(repos: Repositories) -> int:
+            _check_open(repos, node)
             if node.consume is not None:
                 node.consume(repos)
+            # One that was there before: what it held until now is worth nothing (SEC-54).
             repos.agents.attested(agent)
             repos.issued.record([issued_x509(signed, "", agent.id.uri)])
             repos.audit.add("agent.attest", agent.id.uri)
@@ -304,6 +313,22 @@ class AgentService:
             require_agent_id(agent_id, self.trust_domain)
         except MalformedError as error:
             raise MalformedError(f"invalid agent ID: {error}") from error
+
+
+def _check_open(repos: Repositories, node: AttestedNode) -> None:
+    """
+    See that *node* may attest, by what is stored now.
+
+    Raises:
+        AgentDeniedError: it is banned.
+        ForbiddenError: it is there, and what proved it can be repeated by others.
+    """
+    there = repos.agents.find(node.agent_id)
+    if there is not None and there.banned:
+        raise AgentDeniedError("failed to attest: agent is banned", DenialReason.AGENT_BANNED)
+    # Trust on first use (SEC-54); a proof that is used up says by itself whom it lets back.
+    if there is not None and not node.can_reattest and node.consume is None:
+        raise ForbiddenError("attestation data has already been used to attest an agent")
 
 
 def _alias_selectors(node_id: SpiffeId) -> SelectorSet:
