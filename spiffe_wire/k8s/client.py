@@ -8,8 +8,8 @@ what a cluster's answers mean.  Redirects are not followed.
 import json
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -117,7 +117,8 @@ class Client:
         ):
             if response.status != 200:
                 raise _refused(response.status, await _body(response))
-            yield _events(response)
+            async with aclosing(_events(response)) as events:
+                yield events
 
     async def close(self) -> None:
         """End every connection."""
@@ -229,7 +230,7 @@ async def _body(response: httpcore.Response) -> bytes:
     return b"".join(parts)
 
 
-async def _events(response: httpcore.Response) -> AsyncIterator[Any]:
+async def _events(response: httpcore.Response) -> AsyncGenerator[Any, None]:
     rest = b""
     async for part in response.aiter_stream():
         *lines, rest = (rest + part).split(b"\n") if rest else part.split(b"\n")

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final, Generic, Protocol, TypeVar
@@ -27,6 +27,8 @@ LONGEST_PAUSE: Final = timedelta(seconds=10)
 WATCH_SECONDS: Final = (240, 300)
 """How long one watch is asked for, at random: agents must not all come back at once."""
 SILENCE: Final = timedelta(seconds=WATCH_SECONDS[1] + 15)
+SHORTEST: Final = 1.0
+"""Seconds; a server that ends watches sooner is asked again as one that fails."""
 AT_A_STRETCH: Final = 50
 """Objects parsed before others have a turn: about 2 ms."""
 _T = TypeVar("_T")
@@ -93,13 +95,20 @@ class Watch(Generic[_T]):
             try:
                 if not self._version:
                     await self._list()
-                await self._follow()
-                continue  # the server ends every watch after a while: nothing was missed
+                if await self._follow() > SHORTEST:
+                    continue  # the server ends every watch after a while: nothing was missed
             except GoneError:
                 self._version = ""
                 self._out_of_step("the API server keeps no changes from so long ago")
             except SpiffeError as error:
                 self._out_of_step(str(error))
+            except Exception as error:  # noqa: BLE001 a mistake of ours, and no end of it
+                self._version = ""
+                event(
+                    _log, logging.ERROR, "watch_crashed", of=self._kind.path,
+                    cluster=self._cluster, exc_info=error,
+                )  # fmt: skip
+                self._out_of_step("the watch failed; the log says why")
             await asyncio.sleep(self._backoff.next().total_seconds())
 
     async def _list(self) -> None:
@@ -109,13 +118,16 @@ class Watch(Generic[_T]):
             page = await self._client.get(
                 self._kind.path, params, metadata_only=self._kind.metadata_only
             )
-            for number, item in enumerate(page.get("items") or (), 1):
+            items = page.get("items") or []  # none is `null`, as Go writes it
+            if not isinstance(items, list):
+                raise ClusterError("the API server's list is not one")
+            for number, item in enumerate(items, 1):
                 parsed = self._parsed(item)
                 if parsed is not None:
                     found.append(parsed)
                 if number % AT_A_STRETCH == 0:
                     await asyncio.sleep(0)
-            metadata = page.get("metadata") or {}
+            metadata = _metadata(page)
             if not metadata.get("continue"):
                 break
             params["continue"] = str(metadata["continue"])
@@ -126,7 +138,8 @@ class Watch(Generic[_T]):
         self._version = version
         self.synced.set()
 
-    async def _follow(self) -> None:
+    async def _follow(self) -> float:
+        """Return for how many seconds it was watched until the server ended it."""
         seconds = random.randint(*WATCH_SECONDS)  # noqa: S311 spreads load only
         params = self._params(
             watch="1",
@@ -137,10 +150,12 @@ class Watch(Generic[_T]):
         async with self._client.watch(
             self._kind.path, params, silence=SILENCE, metadata_only=self._kind.metadata_only
         ) as events:
+            started = time.monotonic()
             self._in_step()
             async for one in events:
                 self._take(one)
                 self._backoff.reset()
+        return time.monotonic() - started
 
     def _take(self, given: Any) -> None:
         what, item = given.get("type"), given.get("object")
@@ -151,7 +166,7 @@ class Watch(Generic[_T]):
             raise ClusterError(f"the watch failed with {code}")
         if not isinstance(item, dict):
             raise ClusterError("an event of the watch holds no object")
-        metadata = item.get("metadata") or {}
+        metadata = _metadata(item)
         version = metadata.get("resourceVersion")
         if what == "DELETED":
             parsed = self._parsed(item)
@@ -195,3 +210,10 @@ class Watch(Generic[_T]):
                 _log, logging.WARNING, "watch_failed", of=self._kind.path, why=why,
                 cluster=self._cluster,
             )  # fmt: skip
+
+
+def _metadata(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = given.get("metadata") or {}
+    if not isinstance(found, dict):
+        raise ClusterError("the metadata of an object is not a JSON object")
+    return found
