@@ -34,6 +34,17 @@ class AgentMetrics:
         self.connected = Gauge(
             "agent_connected", "1 while in step with the server", registry=self.registry
         )
+        self.pods = Gauge("agent_pods", "Pods of this node", registry=self.registry)
+        self.pods_awaited = Gauge(
+            "agent_pod_containers_awaited",
+            "Containers that processes are in and that nobody has told of",
+            registry=self.registry,
+        )
+        self.pods_away = Gauge(
+            "agent_pods_source_away_seconds",
+            "For how long nobody has told of this node's pods; 0 while in step",
+            registry=self.registry,
+        )
         self.own_expiry = Gauge(
             "agent_own_svid_expiry_seconds", "Unix time at which the agent's SVID ends",
             registry=self.registry,

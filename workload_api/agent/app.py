@@ -34,9 +34,9 @@ from spiffe_wire.pb.spiffe_issuer.v1 import (
     whoami_pb2_grpc,
 )
 from spiffe_wire.security_header import SecurityHeaderInterceptor
+from workload_api.agent.attestors import Attestors, build_attestors
 from workload_api.agent.config import AgentSettings
 from workload_api.attestors.registry import Attestation
-from workload_api.attestors.unix import UnixAttestor
 from workload_api.cache.cache import WorkloadCache
 from workload_api.endpoint import reflection
 from workload_api.endpoint.admin import AdminServicer, AgentHealthServicer, WhoAmIServicer
@@ -68,6 +68,7 @@ class Agent:
     node: NodeIdentity
     syncer: Syncer
     metrics: AgentMetrics
+    attestors: Attestors
     ended: "asyncio.Task[None]"
     status_port: int = 0
     is_stopping: bool = False
@@ -84,9 +85,16 @@ def _now() -> datetime:
 
 
 @asynccontextmanager
-async def serve(settings: AgentSettings, join_token: str = "") -> AsyncIterator[Agent]:
+async def serve(
+    settings: AgentSettings,
+    join_token: str = "",
+    *,
+    read_cgroup: Callable[[int], bytes] | None = None,
+) -> AsyncIterator[Agent]:
     """
     Run an agent while entered; its sockets are open when this yields.
+
+    *read_cgroup* takes the place of ``/proc/<pid>/cgroup``.
 
     Raises:
         SpiffeError: says what keeps it from starting, and what to do.
@@ -115,6 +123,9 @@ async def serve(settings: AgentSettings, join_token: str = "") -> AsyncIterator[
                 runtime_dir=without_leftovers(settings.runtime_dir / "inner"),
             )
         )
+        attestors = await stack.enter_async_context(
+            build_attestors(settings, read=read_cgroup)
+        )
         syncer = Syncer(
             cache,
             node,
@@ -129,7 +140,7 @@ async def serve(settings: AgentSettings, join_token: str = "") -> AsyncIterator[
         running = asyncio.create_task(_run(node, dialer, syncer, join_token, known=known))
         stack.push_async_callback(_cancel, running)
         stack.callback(syncer.tokens.clear)
-        agent = Agent(settings, cache, node, syncer, metrics, running)
+        agent = Agent(settings, cache, node, syncer, metrics, attestors, running)
         await _open_sockets(stack, agent)
         event(_log, logging.INFO, "agent_serving", socket=settings.workload_socket)
         yield agent
@@ -163,9 +174,7 @@ async def _cancel(task: "asyncio.Task[None]") -> None:
 
 async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
     settings, cache, metrics = agent.settings, agent.cache, agent.metrics
-    attestation = Attestation(
-        [UnixAttestor(hash_executables=settings.workloads.hash_executables)]
-    )
+    attestation = Attestation(agent.attestors.all)
     stack.callback(attestation.close)
     workload = WorkloadServicer(
         cache,
@@ -247,6 +256,7 @@ def _status(agent: Agent) -> StatusServer:
                 "connected": state.connected,
                 "sync_mode": state.mode,
                 "server_problem": agent.syncer.problem,
+                "attestor_problems": agent.attestors.problems,
             }
         )
         return (503 if problems else 200), "application/json", body.encode() + b"\n"
@@ -255,6 +265,11 @@ def _status(agent: Agent) -> StatusServer:
         metrics.entries.set(len(agent.cache.index))
         metrics.svids.set(len(agent.cache.svids))
         metrics.streams.set(agent.cache.streams)
+        pods, source = agent.attestors.pods, agent.attestors.source
+        if pods is not None and source is not None:
+            metrics.pods.set(len(pods))
+            metrics.pods_awaited.set(pods.awaited)
+            metrics.pods_away.set(source.away.total_seconds())
         metrics.connected.set(1 if agent.syncer.state.connected else 0)
         if agent.node.svid is not None:
             metrics.own_expiry.set(agent.node.svid.validity.not_after.timestamp())
