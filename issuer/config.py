@@ -126,7 +126,7 @@ class Cluster:
             if _ACCOUNT.fullmatch(one) is None:
                 raise SettingsError(
                     "service_account_allow_list: each reads NAMESPACE:NAME, such as "
-                    "spiffe:spiffe-agent"
+                    "spiffe-issuer:spiffe-issuer-agent"
                 )
 
 
