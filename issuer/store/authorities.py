@@ -209,6 +209,8 @@ class IssuedRow:
     caller: str
     issued_at: datetime
     expires_at: datetime
+    pod_uid: str = ""
+    """The pod that was verified to be behind it; empty when none was."""
 
 
 class IssuedRepository:
@@ -239,6 +241,7 @@ class IssuedRepository:
                     "caller": row.caller,
                     "issued_at": seconds(row.issued_at),
                     "expires_at": seconds(row.expires_at),
+                    "pod_uid": row.pod_uid,
                 }
                 for row in rows
             ],
@@ -258,6 +261,7 @@ class IssuedRepository:
                 IssuedRow(
                     AuthorityKind(r.kind), r.serial, r.spiffe_id, r.entry_id, r.authority_id,
                     r.caller, instant(r.issued_at) or _NEVER, instant(r.expires_at) or _NEVER,
+                    r.pod_uid,
                 ),
             )
             for r in rows

@@ -137,6 +137,7 @@ issued = Table(
     Column("caller", Text, nullable=False),
     Column("issued_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
+    Column("pod_uid", Text, nullable=False, server_default=""),
     UniqueConstraint("kind", "serial", name="issued_serial"),
     sqlite_autoincrement=True,
 )  # fmt: skip

@@ -83,7 +83,7 @@ def test_several_schemas_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "issuer.db"
     prepare(path, TD).dispose()
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("INSERT INTO alembic_version VALUES ('0002')")
+        connection.execute("INSERT INTO alembic_version VALUES ('0001')")
     with pytest.raises(PreconditionError, match="several schemas"):
         prepare(path, TD)
 
