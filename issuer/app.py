@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -30,6 +30,8 @@ from issuer.api.server import SIGNING_RATE, STATUS_RATE, Api, ApiLimits
 from issuer.attestation.join_token import JoinTokenAttestor
 from issuer.attestation.protocol import NodeAttestor
 from issuer.config import ServerSettings
+from issuer.k8s.tables import Arrivals
+from issuer.k8s.verify import PodVerifier
 from issuer.services.agents import AgentService
 from issuer.services.bundles import BundleService
 from issuer.services.entries import EntryService
@@ -41,7 +43,7 @@ from issuer.store.engine import StoreError, unusable
 from issuer.store.rows import PRUNE_ROWS
 from issuer.store.store import Repositories, SqlJournal, Store
 from issuer.telemetry.metrics import ServerMetrics
-from spiffe_core.errors import SpiffeError
+from spiffe_core.errors import PreconditionError, SpiffeError
 from spiffe_core.keys import spki_of
 from spiffe_core.lifetime import renew_at
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
@@ -54,6 +56,9 @@ from spiffe_wire.httpstatus import StatusServer
 from spiffe_wire.interceptors import ErrorInterceptor
 from spiffe_wire.logs import event
 from spiffe_wire.metrics import CONTENT_TYPE
+
+if TYPE_CHECKING:  # an HTTP client, which only a server with clusters needs
+    from spiffe_wire.k8s.client import Client
 
 _log = logging.getLogger(__name__)
 MAX_CONNECTION_AGE: Final = timedelta(minutes=3)  # SEC-17
@@ -122,6 +127,7 @@ class Server:
     entries: EntryService
     agents: AgentService
     refusals: RefusalLog
+    pods: PodVerifier
     port: int = 0
     status_port: int = 0
     ready: bool = False
@@ -137,6 +143,10 @@ class Server:
         ):
             found.append("the server's own SVID has expired")
         return found
+
+    def cluster_problems(self) -> dict[str, str]:
+        """Why pods of a cluster are known from before, or not at all; by cluster."""
+        return {name: one.problem for name, one in self.pods.clusters.items() if one.problem}
 
     def is_ready(self) -> bool:
         """True when agents and operators can be served."""
@@ -183,17 +193,18 @@ async def serve(
             raise unusable(settings.database) from error
         metrics = ServerMetrics()
         running: list[Server] = []
-        attestors = _attestors(stack, settings)
+        clients = _clients(stack, settings)
         api = _api(
-            settings, store, hub, rotator, clock, metrics, attestors,
-            lambda: running[0].is_ready(),
+            settings, store, hub, rotator, clock, metrics, _attestors(settings, clients),
+            _pods(settings, clients, metrics), lambda: running[0].is_ready(),
         )  # fmt: skip
         own = OwnSvid(api.svids, hub, clock, trust_domain.server_id, settings.svids.agent_ttl)
         await own.renew()
         refusals = api.callers.refusals
         server = Server(
-            settings, store, rotator, hub, own, metrics, api.entries, api.agents, refusals
-        )
+            settings, store, rotator, hub, own, metrics, api.entries, api.agents, refusals,
+            api.svids.pods,
+        )  # fmt: skip
         running.append(server)
         loops: dict[str, Callable[[], Awaitable[None]]] = {
             "rotate": rotator.run,
@@ -202,6 +213,7 @@ async def serve(
             "refusals": refusals.run,
             "prune": partial(_prune, store, api.agents, api.entries, clock),
             "heal": partial(_heal, store, clock),
+            **{f"cluster {name}": one.run for name, one in server.pods.clusters.items()},
         }
         await stack.enter_async_context(_background(server, loops, die))
         await _open_doors(stack, server, api)
@@ -215,24 +227,54 @@ async def serve(
             event(_log, logging.INFO, "server_stopping")
 
 
-def _attestors(
+def _clients(
     stack: contextlib.AsyncExitStack, settings: ServerSettings
+) -> "Mapping[str, Client]":
+    """One for each cluster; a server without a cluster has no HTTP client in it."""
+    if not settings.clusters:
+        return {}
+    from spiffe_wire.k8s.client import Client
+    from spiffe_wire.k8s.credentials import CredentialsError, access_of
+
+    made: dict[str, Client] = {}
+    for one in settings.clusters:
+        try:
+            made[one.name] = Client(access_of(one.kubeconfig, one.context, os.environ))
+        except CredentialsError as error:
+            raise PreconditionError(f"cluster {one.name}: {error}") from error
+        stack.push_async_callback(made[one.name].close)
+    return made
+
+
+def _attestors(
+    settings: ServerSettings, clients: "Mapping[str, Client]"
 ) -> Mapping[str, NodeAttestor]:
     trust_domain = TrustDomain(settings.trust_domain)
     made: dict[str, NodeAttestor] = {JoinTokenAttestor.type: JoinTokenAttestor(trust_domain)}
     if settings.clusters:
-        # Here, so that a server without a cluster has no HTTP client in it.
         from issuer.attestation.k8s_psat import ClusterAccess, K8sPsatAttestor
-        from spiffe_wire.k8s.client import Client
-        from spiffe_wire.k8s.credentials import access_of
 
-        clusters = {}
-        for one in settings.clusters:
-            client = Client(access_of(one.kubeconfig, one.context, os.environ))
-            stack.push_async_callback(client.close)
-            clusters[one.name] = ClusterAccess(one, client)
+        clusters = {
+            one.name: ClusterAccess(one, clients[one.name]) for one in settings.clusters
+        }
         made[K8sPsatAttestor.type] = K8sPsatAttestor(trust_domain, clusters)
     return made
+
+
+def _pods(
+    settings: ServerSettings, clients: "Mapping[str, Client]", metrics: ServerMetrics
+) -> PodVerifier:
+    if not settings.clusters:
+        return PodVerifier()
+    from issuer.k8s.cluster import ClusterWatch
+
+    arrivals = Arrivals()
+    clusters = {
+        one.name: ClusterWatch(one, clients[one.name], arrivals)
+        for one in settings.clusters
+        if one.verify_pods
+    }
+    return PodVerifier(clusters, arrivals, metrics.on_pod_checked, metrics.on_pod_refused)
 
 
 def _api(
@@ -243,9 +285,11 @@ def _api(
     clock: Clock,
     metrics: ServerMetrics,
     attestors: Mapping[str, NodeAttestor],
+    pods: PodVerifier,
     is_ready: Callable[[], bool],
 ) -> Api:
     trust_domain = TrustDomain(settings.trust_domain)
+    refusals = RefusalLog(store)
     svids = SvidService(
         store,
         hub,
@@ -254,7 +298,9 @@ def _api(
         check_profile(settings.x509_profile, clock.now()),
         settings.jwt_profile,
         trust_domain,
+        refusals,
         metrics.on_issued,
+        pods,
     )
     agents = AgentService(
         store, hub, svids, clock, trust_domain, attestors, settings.svids.agent_ttl
@@ -268,7 +314,7 @@ def _api(
         agents,
         svids,
         BundleService(store, hub, trust_domain),
-        Callers(hub, agents, RefusalLog(store), clock, admin_ids),
+        Callers(hub, agents, refusals, clock, admin_ids),
         ApiLimits(
             RateLimit("attest agent", 1 if settings.rate_limits.attestation else 0),
             RateLimit("certificate signing", signing),
@@ -323,8 +369,11 @@ def _status(server: Server) -> StatusServer:
 
     def ready() -> tuple[int, str, bytes]:
         problems = server.problems()
-        body = json.dumps({"ready": not problems, "problems": problems}).encode()
-        return (503 if problems else 200), "application/json", body + b"\n"
+        body: dict[str, object] = {"ready": not problems, "problems": problems}
+        if away := server.cluster_problems():
+            body["clusters"] = away
+        data = json.dumps(body).encode() + b"\n"
+        return (503 if problems else 200), "application/json", data
 
     def page() -> tuple[int, str, bytes]:
         metrics.entries.set(len(server.hub.index))
@@ -336,6 +385,10 @@ def _status(server: Server) -> StatusServer:
         metrics.authority_expiry.labels("jwt").set(
             server.rotator.jwt.validity.not_after.timestamp()
         )
+        for name, cluster in server.pods.clusters.items():
+            metrics.cluster_pods.labels(name).set(len(cluster.pods))
+            metrics.cluster_in_step.labels(name).set(0 if cluster.problem else 1)
+            metrics.cluster_away.labels(name).set(cluster.away.total_seconds())
         return 200, CONTENT_TYPE, metrics.registry.text()
 
     routes = {

@@ -74,6 +74,7 @@ ACCESS: Final[dict[str, frozenset[CallerKind]]] = {
     ),
     **_methods("grpc.health.v1.Health", _LOCAL, "Check Watch"),
     **_methods("spiffe_issuer.v1.AgentWatch", _AGENTS, "Watch"),
+    **_methods("spiffe_issuer.v1.PodSvid", _AGENTS, "BatchNewX509SVID NewJWTSVID"),
     **_methods("spiffe_issuer.v1.Explain", _OPERATORS, "ExplainSelectors"),
 }  # fmt: skip
 

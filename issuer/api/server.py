@@ -12,6 +12,7 @@ from issuer.api.bundle import BundleServicer
 from issuer.api.callers import Callers
 from issuer.api.entry import EntryServicer
 from issuer.api.ours import AgentWatchServicer, ExplainServicer, HealthServicer
+from issuer.api.podsvid import PodSvidServicer
 from issuer.api.svid import SvidServicer
 from issuer.services.agents import AgentService
 from issuer.services.bundles import BundleService
@@ -21,7 +22,11 @@ from issuer.services.ratelimit import RateLimit
 from issuer.services.svids import SvidService
 from spiffe_wire.frontdoor.peer import Peer
 from spiffe_wire.pb.grpc.health.v1 import health_pb2_grpc
-from spiffe_wire.pb.spiffe_issuer.v1 import explain_pb2_grpc, watch_pb2_grpc
+from spiffe_wire.pb.spiffe_issuer.v1 import (
+    explain_pb2_grpc,
+    podsvid_pb2_grpc,
+    watch_pb2_grpc,
+)
 from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2_grpc
 from spiffe_wire.pb.spire.api.server.bundle.v1 import bundle_pb2_grpc
 from spiffe_wire.pb.spire.api.server.entry.v1 import entry_pb2_grpc
@@ -60,6 +65,7 @@ class Api:
         )
         entry = EntryServicer(self.entries, self.hub, self.callers, self.clock)
         svid = SvidServicer(self.svids, limits.csr, limits.jsr)
+        pod_svid = PodSvidServicer(self.svids, self.callers, limits.csr, limits.jsr)
         trust_domain, authority = later.servicers()
         watch = AgentWatchServicer(self.hub, self.callers, self.clock, cut)
         entry_pb2_grpc.add_EntryServicer_to_server(entry, seen)
@@ -69,6 +75,7 @@ class Api:
         trustdomain_pb2_grpc.add_TrustDomainServicer_to_server(trust_domain, seen)
         localauthority_pb2_grpc.add_LocalAuthorityServicer_to_server(authority, seen)
         watch_pb2_grpc.add_AgentWatchServicer_to_server(watch, seen)
+        podsvid_pb2_grpc.add_PodSvidServicer_to_server(pod_svid, seen)
         explain = ExplainServicer(self.hub, self.clock)
         explain_pb2_grpc.add_ExplainServicer_to_server(explain, seen)
         if local:

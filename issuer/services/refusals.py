@@ -24,6 +24,7 @@ EVENTS: Final = {
     "call.refuse": "call_refused",
     "agent.superseded": "superseded_serial_used",
     "agent.attest": "attestation_refused",
+    "svid.pod_refused": "svid_of_foreign_pod_refused",
 }
 """What is logged for each action that is put on record."""
 

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from ca.clock import Clock
@@ -12,13 +12,15 @@ from ca.journal import AuthorityKind
 from ca.jwt import JwtProfile, SignedJwt, sign_jwt
 from ca.rotator import Rotator
 from ca.x509 import CheckedProfile, SignedX509, prepare_x509, sign_x509
+from issuer.k8s.verify import PodError, PodVerifier
 from issuer.services.hub import Hub
+from issuer.services.refusals import RefusalLog
 from issuer.store.authorities import IssuedRow
 from issuer.store.store import Repositories, Store
-from spiffe_core.agent import key_hash_of
+from spiffe_core.agent import AttestedAgent, key_hash_of
 from spiffe_core.crashpoints import crash_point
 from spiffe_core.entry import RegistrationEntry
-from spiffe_core.errors import MalformedError, NotFoundError, SpiffeError
+from spiffe_core.errors import ForbiddenError, MalformedError, NotFoundError, SpiffeError
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
 from spiffe_wire.logs import event
 
@@ -32,10 +34,12 @@ timer and then for a future, three turns in all, waits less than 5 ms (performan
 
 @dataclass(frozen=True, slots=True)
 class WantedX509:
-    """One item of a batch: for which entry, and the CSR that carries the key."""
+    """One item of a batch: for which entry and pod, and the CSR that carries the key."""
 
     entry_id: str
     csr: bytes
+    pod_uid: str = ""
+    """Empty: the agent does not say."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class SvidService:
     x509_profile: CheckedProfile
     jwt_profile: JwtProfile
     trust_domain: TrustDomain
+    refusals: RefusalLog
     on_issued: Callable[[str, int], None] = lambda *_: None
+    pods: PodVerifier = field(default_factory=PodVerifier)
 
     async def issue_x509(
         self, wanted: Sequence[WantedX509], *, agent: SpiffeId
@@ -58,53 +64,95 @@ class SvidService:
         Sign X509-SVIDs for entries of the attested *agent*, one answer for each wanted.
 
         An item fails with NotFoundError for "no such entry" and for "not below this agent"
-        alike, so that a stolen node can't probe for what runs elsewhere.
+        alike, so that a stolen node can't probe for what runs elsewhere, and with a PodError
+        when none of the node's pods is what the entry is for (architecture A5).
 
         Raises:
             NotReadyError: no X.509 authority is active.
         """
-        refused = self._authority_keys()
-        answers: list[SignedX509 | SpiffeError] = []
-        rows = []
-        for number, item in enumerate(wanted, 1):
-            try:
-                if item.entry_id and not item.csr:
-                    raise CsrError("missing CSR")
-                entry = self._entry_for(agent, item.entry_id)
-                public_key = public_key_of(item.csr, refused=refused)
-                self.check_unclaimed(public_key, agent)
-                signed = self._sign(entry, public_key)
-            except SpiffeError as error:
-                answers.append(error)
-            else:
-                answers.append(signed)
-                rows.append(issued_x509(signed, entry.id, agent.uri))
-            if number % YIELD_EVERY == 0:
-                await asyncio.sleep(0)
-        await self._record(rows)
-        return answers
+        answers: dict[int, SignedX509 | SpiffeError] = {}
+        async for some in self.issue_x509_in_turn(wanted, agent=agent):
+            answers.update(some)
+        return [answers[number] for number in range(len(wanted))]
+
+    async def issue_x509_in_turn(
+        self, wanted: Sequence[WantedX509], *, agent: SpiffeId
+    ) -> AsyncGenerator[Mapping[int, SignedX509 | SpiffeError], None]:
+        """
+        The same as it is decided, by number in *wanted*; each part is on record.
+
+        What needs no waiting comes first.  All that waits for pods waits together, for as
+        long as our watch may be behind the agent's.
+        """
+        open_ = dict(enumerate(wanted))
+        ends = asyncio.get_running_loop().time() + self.pods.patience
+        with self.pods.arrivals.listening() as listener:
+            due: Iterable[int] = list(open_)
+            is_last = False
+            while open_:
+                answers: dict[int, SignedX509 | SpiffeError] = {}
+                rows = []
+                refused = self._authority_keys()
+                for turn, number in enumerate(due, 1):
+                    item = open_[number]
+                    try:
+                        signed, row = self._sign_for(agent, item, refused)
+                    except PodError as error:
+                        if error.topic is not None and not is_last:
+                            listener.add(error.topic, number)
+                        else:
+                            answers[number] = error
+                    except SpiffeError as error:
+                        answers[number] = error
+                    else:
+                        answers[number] = signed
+                        rows.append(row)
+                    if turn % YIELD_EVERY == 0:
+                        await asyncio.sleep(0)
+                for number in answers:
+                    del open_[number]
+                await self._record(rows)
+                await self._note_refused(agent, wanted, answers)
+                if answers:
+                    yield answers
+                if open_:
+                    left = ends - asyncio.get_running_loop().time()
+                    due = await listener.fired(left)
+                    if not due:
+                        due, is_last = list(open_), True
 
     async def issue_jwt(
-        self, entry_id: str, audience: tuple[str, ...], *, agent: SpiffeId
+        self,
+        entry_id: str,
+        audience: tuple[str, ...],
+        *,
+        agent: SpiffeId,
+        pod_uid: str = "",
     ) -> SignedJwt:
         """
         Sign a JWT-SVID for an entry of the attested *agent*.
 
         Raises:
             NotFoundError: no such entry, or not below this agent.
+            PodError: none of the node's pods is what the entry is for.
             MalformedError: the audience breaks a rule.
             NotReadyError: no JWT authority is active.
         """
-        entry = self._entry_for(agent, entry_id)
-        signed = sign_jwt(
-            self.jwt_profile,
-            self.rotator.jwt,
-            spiffe_id=entry.spiffe_id,
-            audience=audience,
-            now=self.clock.now(),
-            ttl=entry.jwt_svid_ttl,
-        )
-        await self._record([_jwt_row(signed, entry.id, agent.uri)])
+        ends = asyncio.get_running_loop().time() + self.pods.patience
+        with self.pods.arrivals.listening() as listener:
+            is_last = False
+            while True:
+                try:
+                    signed, row = self._sign_jwt_for(agent, entry_id, audience, pod_uid)
+                    break
+                except PodError as error:
+                    if error.topic is None or is_last:
+                        await self._note_refusal(agent, entry_id, pod_uid, error)
+                        raise
+                    listener.add(error.topic, 0)
+                left = ends - asyncio.get_running_loop().time()
+                is_last = not await listener.fired(left)
+        await self._record([row])
         return signed
 
     async def mint_x509(self, csr: bytes, ttl: timedelta, *, actor: str) -> SignedX509:
@@ -203,6 +251,41 @@ class SvidService:
         await self._record([issued_x509(signed, "", spiffe_id.uri)])
         return signed
 
+    def _sign_for(
+        self, agent: SpiffeId, item: WantedX509, refused: frozenset[bytes]
+    ) -> tuple[SignedX509, IssuedRow]:
+        """Decide and sign in one go: what was decided upon cannot change between (SEC-21)."""
+        if item.entry_id and not item.csr:
+            raise CsrError("missing CSR")
+        entry = self._entry_for(agent, item.entry_id)
+        public_key = public_key_of(item.csr, refused=refused)
+        self.check_unclaimed(public_key, agent)
+        pod_uid = self.pods.check(self._attested(agent), entry, item.pod_uid)
+        signed = self._sign(entry, public_key)
+        return signed, issued_x509(signed, entry.id, agent.uri, pod_uid)
+
+    def _sign_jwt_for(
+        self, agent: SpiffeId, entry_id: str, audience: tuple[str, ...], pod_uid: str
+    ) -> tuple[SignedJwt, IssuedRow]:
+        entry = self._entry_for(agent, entry_id)
+        pod_uid = self.pods.check(self._attested(agent), entry, pod_uid, is_on_demand=True)
+        signed = sign_jwt(
+            self.jwt_profile,
+            self.rotator.jwt,
+            spiffe_id=entry.spiffe_id,
+            audience=audience,
+            now=self.clock.now(),
+            ttl=entry.jwt_svid_ttl,
+        )
+        return signed, _jwt_row(signed, entry.id, agent.uri, pod_uid)
+
+    def _attested(self, agent: SpiffeId) -> AttestedAgent:
+        """The agent as it is now: it may have been banned while we waited for a pod."""
+        found = self.hub.index.agent(agent)
+        if found is None or found.banned:
+            raise ForbiddenError("this agent is not attested any more")
+        return found
+
     def _entry_for(self, agent: SpiffeId, entry_id: str) -> RegistrationEntry:
         if not entry_id:
             raise MalformedError("missing entry ID")
@@ -223,6 +306,29 @@ class SvidService:
                 dns_names=entry.dns_names,
             )
         )
+
+    async def _note_refused(
+        self,
+        agent: SpiffeId,
+        wanted: Sequence[WantedX509],
+        answers: Mapping[int, SignedX509 | SpiffeError],
+    ) -> None:
+        await asyncio.gather(
+            *(
+                self._note_refusal(agent, wanted[number].entry_id, wanted[number].pod_uid, one)
+                for number, one in answers.items()
+                if isinstance(one, PodError)
+            )
+        )
+
+    async def _note_refusal(
+        self, agent: SpiffeId, entry_id: str, pod_uid: str, error: PodError
+    ) -> None:
+        self.pods.on_refused(error.cluster, error.why)
+        if error.is_violation:  # a security event (SEC-91)
+            why = f"{error}: {error.detail}" if error.detail else str(error)
+            target = f"entry {entry_id} pod {pod_uid}"
+            await self.refusals.note(agent.uri, target, why, action="svid.pod_refused")
 
     def _authority_keys(self) -> frozenset[bytes]:
         """Of every authority that is trusted: to come, signing, or retired."""
@@ -253,18 +359,19 @@ class SvidService:
         self.on_issued(rows[0].kind.value, len(rows))
 
 
-def issued_x509(signed: SignedX509, entry_id: str, caller: str) -> IssuedRow:
+def issued_x509(signed: SignedX509, entry_id: str, caller: str, pod_uid: str = "") -> IssuedRow:
     """What goes on record of an X509-SVID."""
     svid = signed.svid
     return IssuedRow(
         AuthorityKind.X509, svid.serial, svid.spiffe_id.uri, entry_id, signed.authority_id,
-        caller, svid.validity.not_before, svid.validity.not_after,
+        caller, svid.validity.not_before, svid.validity.not_after, pod_uid,
     )  # fmt: skip
 
 
-def _jwt_row(signed: SignedJwt, entry_id: str, caller: str) -> IssuedRow:
+def _jwt_row(signed: SignedJwt, entry_id: str, caller: str, pod_uid: str = "") -> IssuedRow:
     svid = signed.svid
     return IssuedRow(
         AuthorityKind.JWT, str(svid.claims["jti"]), svid.spiffe_id.uri, entry_id,
         signed.authority_id, caller, svid.issued_at or svid.expires_at, svid.expires_at,
+        pod_uid,
     )  # fmt: skip

@@ -35,6 +35,28 @@ class ServerMetrics:
         self.event_seq = Gauge(
             "issuer_event_sequence", "Last change folded into memory", registry=self.registry
         )
+        self.cluster_pods = Gauge(
+            "issuer_cluster_pods", "Pods known of a cluster", ["cluster"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.cluster_in_step = Gauge(
+            "issuer_cluster_in_step", "1 while all that is watched of a cluster is in step",
+            ["cluster"], registry=self.registry,
+        )  # fmt: skip
+        self.cluster_away = Gauge(
+            "issuer_cluster_away_seconds", "For how long a part of it has not been in step",
+            ["cluster"], registry=self.registry,
+        )  # fmt: skip
+        self.pod_checks = Counter(
+            "issuer_pod_checks_total",
+            "Entries with selectors of pods that were signed for, by what was verified",
+            ["cluster", "outcome"], registry=self.registry,
+        )  # fmt: skip
+        self.pod_refusals = Counter(
+            "issuer_pod_refusals_total",
+            "Entries with selectors of pods that were not signed for",
+            ["cluster", "why"], registry=self.registry,
+        )  # fmt: skip
 
     def on_call(self, method: str, code: str, seconds: float) -> None:
         """Note one finished call."""
@@ -44,3 +66,11 @@ class ServerMetrics:
     def on_issued(self, kind: str, count: int) -> None:
         """Note SVIDs that were signed and recorded."""
         self.issued.labels(kind).inc(count)
+
+    def on_pod_checked(self, cluster: str, outcome: str) -> None:
+        """Note an entry that may be signed for."""
+        self.pod_checks.labels(cluster, outcome).inc()
+
+    def on_pod_refused(self, cluster: str, why: str) -> None:
+        """Note an entry that was not signed for."""
+        self.pod_refusals.labels(cluster, why).inc()

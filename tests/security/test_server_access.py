@@ -88,6 +88,7 @@ TABLE = {
     },
     "grpc.health.v1.Health": {"Check Watch": "L"},
     "spiffe_issuer.v1.AgentWatch": {"Watch": "G"},
+    "spiffe_issuer.v1.PodSvid": {"BatchNewX509SVID NewJWTSVID": "G"},
     "spiffe_issuer.v1.Explain": {"ExplainSelectors": "LA"},
 }
 ALLOWED = {
