@@ -1,7 +1,7 @@
 """What the API server and the controllers fill in when objects are made over REST."""
 
 import uuid
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from tests.support.k8s.objects import instant
 from tests.support.k8s.resources import (
@@ -9,6 +9,7 @@ from tests.support.k8s.resources import (
     NAMESPACES,
     PODS,
     SERVICE_ACCOUNTS,
+    Catalogue,
     Resource,
 )
 from tests.support.k8s.status import (
@@ -149,3 +150,38 @@ def _merge(before: Body, change: Body) -> Body:
         else:
             made[key] = value
     return made
+
+
+def removed(
+    store: Store,
+    catalogue: Catalogue,
+    resource: Resource,
+    body: Body,
+    now: datetime,
+    *,
+    graceful: bool = True,
+) -> Body:
+    """Take an object out; a pod on a node is seen to be leaving first, a namespace too."""
+    meta = body["metadata"]
+    if graceful and (resource is NAMESPACES or body.get("spec", {}).get("nodeName")):
+        body = terminated(store, resource, body, now)
+    if resource is NAMESPACES:
+        for kind in catalogue:
+            if kind.namespaced:
+                for inner in store.objects(kind, meta["name"]):
+                    removed(store, catalogue, kind, inner, now, graceful=False)
+    store.remove(resource, key_of(resource, meta.get("namespace", ""), meta["name"]))
+    return body
+
+
+def terminated(store: Store, resource: Resource, body: Body, now: datetime) -> Body:
+    """Mark an object as leaving, as a delete with grace does."""
+    grace = body.get("spec", {}).get("terminationGracePeriodSeconds", 0)
+    meta = body["metadata"] | {"deletionTimestamp": instant(now + timedelta(seconds=grace))}
+    if resource is PODS:
+        meta["deletionGracePeriodSeconds"] = grace
+    changed = body | {"metadata": meta}
+    if resource is NAMESPACES:
+        changed["status"] = {"phase": "Terminating"}
+    key = key_of(resource, meta.get("namespace", ""), meta["name"])
+    return store.put(resource, key, changed)

@@ -5,14 +5,12 @@ import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 from aiohttp import web
 
-from tests.support.k8s import admission, discovery, rbac
+from tests.support.k8s import admission, discovery, listing, rbac
 from tests.support.k8s.answers import (
-    META,
     PARTIAL,
     abort,
     broken_answer,
@@ -25,10 +23,10 @@ from tests.support.k8s.answers import (
 )
 from tests.support.k8s.calls import Call, Calls
 from tests.support.k8s.faults import Faults
-from tests.support.k8s.objects import instant
 from tests.support.k8s.resources import (
     NAMESPACES,
     PODS,
+    SECRETS,
     SERVICE_ACCOUNTS,
     TOKEN_REVIEWS,
     Catalogue,
@@ -43,8 +41,6 @@ from tests.support.k8s.status import (
     bad_request,
     conflict,
     forbidden,
-    gone,
-    invalid,
     not_acceptable,
     not_allowed,
     not_found,
@@ -52,12 +48,15 @@ from tests.support.k8s.status import (
     unsupported_media_type,
 )
 from tests.support.k8s.store import Body, Store
+from tests.support.k8s.token_requests import requested
 from tests.support.k8s.tokens import Clock, TokenAuthority
-from tests.support.k8s.users import NOBODY, User, account_name, person
+from tests.support.k8s.users import NOBODY, User, person
 from tests.support.k8s.watching import Watch
 
 _VERBS = {"GET": "get", "HEAD": "get", "POST": "create", "PUT": "update", "PATCH": "patch",
           "DELETE": "delete"}  # fmt: skip
+SECRET_TYPE = "kubernetes.io/service-account-token"
+_TOKEN_REQUEST = ("serviceaccounts", "token", "create")
 MERGE_PATCHES = ("application/merge-patch+json", "application/strategic-merge-patch+json")
 
 
@@ -84,6 +83,7 @@ class ApiServer:
         store: Store,
         tokens: TokenAuthority,
         clock: Clock,
+        catalogue: Catalogue,
         *,
         version: str,
         ca_pem: str,
@@ -95,7 +95,7 @@ class ApiServer:
         self.version = version
         self.ca_pem = ca_pem
         self.base_url = base_url
-        self.catalogue = Catalogue()
+        self.catalogue = catalogue
         self.calls = Calls()
         self.faults = Faults()
         self.watches: set[Watch] = set()
@@ -271,55 +271,15 @@ class ApiServer:
                 f"(*core.{resource.kind}List)"
             )
         sees = self._selection(asked, resource)
-        version, begin = self._list_version(asked)
-        try:
-            bodies = self.store.objects(resource, at=version)
-        except ApiError as error:
-            if begin:
-                raise gone(_CONTINUE_TOO_OLD) from error
-            raise
-        found = [one for one in bodies if sees(one) and _place(one) > begin]
-        meta: Body = {"resourceVersion": str(version)}
-        limit = int(asked.query.get("limit") or 0)
-        if limit and len(found) > limit:
-            meta["continue"] = _continue(version, _place(found[limit - 1]))
-            if not (asked.query.get("labelSelector") or asked.query.get("fieldSelector")):
-                meta["remainingItemCount"] = len(found) - limit
-            found = found[:limit]
-        if form:
-            kinds = {"kind": f"{PARTIAL}List", **META}
-            items = [partial(one) for one in found]
-        else:
-            kinds = {"kind": f"{resource.kind}List", "apiVersion": resource.api_version}
-            items = [
-                {key: one[key] for key in one if key not in ("kind", "apiVersion")}
-                for one in found
-            ]
-        return json_answer(asked.request, {**kinds, "metadata": meta, "items": items})
-
-    def _list_version(self, asked: Asked) -> tuple[int, tuple[str, str]]:
-        if token := asked.query.get("continue"):
-            try:
-                read = json.loads(base64.urlsafe_b64decode(token))
-                namespace, name = read["start"]
-                return int(read["rv"]), (namespace, name)
-            except (ValueError, KeyError, TypeError) as error:
-                raise bad_request("continue key is not valid: it cannot be read") from error
-        wanted = _version_of(asked) or 0
-        if wanted > self.store.version:
-            message = f"Too large resource version: {wanted}, current: {self.store.version}"
-            causes = [
-                {"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}
-            ]
-            details = {"causes": causes, "retryAfterSeconds": 1}
-            raise ApiError(504, "Timeout", f"Timeout: {message}", details, {"Retry-After": "1"})
-        exact = asked.query.get("resourceVersionMatch") == "Exact"
-        return (wanted if exact else self.store.version), ("", "")
+        page = listing.page_of(self.store, asked.query)
+        bodies = listing.bodies(self.store, resource, page)
+        body = listing.listed(resource, [one for one in bodies if sees(one)], page, form)
+        return json_answer(asked.request, body)
 
     async def _watch(self, asked: Asked, resource: Resource, call: Call) -> web.StreamResponse:
         form = wanted_form(asked.request)
         sees = self._selection(asked, resource)
-        since = _version_of(asked) or None  # "0" means any state, as none does
+        since = listing.version_of(asked.query) or None  # "0" means any state, as none does
         if self.gone_as_status and since is not None:
             self.store.changes_after(since)
         watch = Watch(
@@ -371,8 +331,22 @@ class ApiServer:
         body = await self._body(asked)
         namespace = asked.target.namespace
         now = self.clock.now()
+        if resource is SECRETS:
+            body = self._with_token(namespace, body)
         made = admission.created(self.store, resource, namespace, body, now, self.ca_pem)
         return json_answer(asked.request, made, 201)
+
+    def _with_token(self, namespace: str, body: Body) -> Body:
+        """A secret for a service account's token, filled as its controller does it."""
+        notes = (body.get("metadata") or {}).get("annotations") or {}
+        name = notes.get("kubernetes.io/service-account.name", "")
+        account = self.store.get(admission.key_of(SERVICE_ACCOUNTS, namespace, name))
+        if body.get("type") != SECRET_TYPE or account is None:
+            return body
+        token = self.tokens.legacy(account, body["metadata"]["name"])
+        plain = {"token": token, "ca.crt": self.ca_pem, "namespace": namespace}
+        data = {key: base64.b64encode(value.encode()).decode() for key, value in plain.items()}
+        return body | {"data": data}
 
     async def _update(self, asked: Asked, resource: Resource) -> web.Response:
         body = await self._body(asked)
@@ -412,38 +386,13 @@ class ApiServer:
                 f"UID in object meta: {meta['uid']}"
             )
             raise conflict(resource.group, resource.plural, meta["name"], why)
-        leaving = self.remove(resource, found)
+        now = self.clock.now()
+        leaving = admission.removed(self.store, self.catalogue, resource, found, now)
         if resource in (PODS, NAMESPACES, SERVICE_ACCOUNTS):
             return json_answer(asked.request, leaving)
         details = {"name": meta["name"], "kind": resource.plural, "uid": meta["uid"]}
         body = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
         return json_answer(asked.request, body | {"details": details})
-
-    def remove(self, resource: Resource, body: Body, *, graceful: bool = True) -> Body:
-        """Take an object out; a pod on a node is seen to be leaving first, a namespace too."""
-        meta = body["metadata"]
-        if graceful and (resource is NAMESPACES or body.get("spec", {}).get("nodeName")):
-            body = self.terminate(resource, body)
-        if resource is NAMESPACES:
-            for kind in self.catalogue:
-                if kind.namespaced:
-                    for inner in self.store.objects(kind, meta["name"]):
-                        self.remove(kind, inner, graceful=False)
-        where = meta.get("namespace", "")
-        self.store.remove(resource, admission.key_of(resource, where, meta["name"]))
-        return body
-
-    def terminate(self, resource: Resource, body: Body) -> Body:
-        """Mark an object as leaving, as a delete with grace does."""
-        grace = body.get("spec", {}).get("terminationGracePeriodSeconds", 0)
-        ends = self.clock.now() + timedelta(seconds=grace)
-        meta = body["metadata"] | {"deletionTimestamp": instant(ends)}
-        if resource is PODS:
-            meta["deletionGracePeriodSeconds"] = grace
-        changed = body | {"metadata": meta}
-        if resource is NAMESPACES:
-            changed["status"] = {"phase": "Terminating"}
-        return self._keep(resource, changed)
 
     # Tokens.
 
@@ -474,71 +423,14 @@ class ApiServer:
 
     async def _subresource(self, asked: Asked) -> web.Response:
         target = asked.target
-        if (target.plural, target.subresource, asked.verb) == (
-            "serviceaccounts",
-            "token",
-            "create",
-        ):
-            return json_answer(asked.request, self._token(asked, await self._body(asked)), 201)
+        if (target.plural, target.subresource, asked.verb) == _TOKEN_REQUEST:
+            account = self._found(asked, SERVICE_ACCOUNTS)
+            body = await self._body(asked)
+            made = requested(self.store, self.tokens, self.clock.now(), account, body)
+            return json_answer(asked.request, made, 201)
         if (target.plural, target.subresource, asked.verb) == ("pods", "status", "patch"):
             return await self._patch(asked, PODS)
         raise not_allowed()
-
-    def _token(self, asked: Asked, body: Body) -> Body:
-        account = self._found(asked, SERVICE_ACCOUNTS)
-        spec = {"audiences": None, "expirationSeconds": None} | (body.get("spec") or {})
-        seconds = 3600 if spec["expirationSeconds"] is None else spec["expirationSeconds"]
-        for wrong, why in (
-            (seconds < 600, "may not specify a duration less than 10 minutes"),
-            (seconds > 1 << 32, "may not specify a duration larger than 2^32 seconds"),
-        ):
-            if wrong:
-                field = "spec.expirationSeconds"
-                group = "authentication.k8s.io"
-                raise invalid(group, "TokenRequest", "", field, seconds, why)
-        pod = self._bound_pod(account, spec.get("boundObjectRef"))
-        audiences = tuple(spec["audiences"] or self.tokens.audiences)
-        lifetime = timedelta(seconds=seconds)
-        claims = self.tokens.claims(account, pod=pod, audiences=audiences, lifetime=lifetime)
-        return {
-            "kind": "TokenRequest",
-            "apiVersion": "authentication.k8s.io/v1",
-            "metadata": {
-                "name": account["metadata"]["name"],
-                "namespace": account["metadata"]["namespace"],
-                "creationTimestamp": instant(self.clock.now()),
-            },
-            "spec": spec | {"audiences": list(audiences), "expirationSeconds": seconds},
-            "status": {
-                "token": self.tokens.seal(claims),
-                "expirationTimestamp": instant(self.clock.now() + lifetime),
-            },
-        }
-
-    def _bound_pod(self, account: Body, ref: Body | None) -> Body | None:
-        if ref is None:
-            return None
-        if ref.get("kind") != "Pod" or ref.get("apiVersion") != "v1":
-            what = f"{ref.get('apiVersion')}, Kind={ref.get('kind')}"
-            raise bad_request(f"cannot bind token for serviceaccount to object of type {what}")
-        meta = account["metadata"]
-        pod = self.store.get(admission.key_of(PODS, meta["namespace"], ref["name"]))
-        if pod is None:
-            raise not_found("", "pods", ref["name"])
-        uid = ref.get("uid") or pod["metadata"]["uid"]
-        if uid != pod["metadata"]["uid"]:
-            why = (
-                f"the UID in the bound object reference ({uid}) does not match the UID in "
-                "record. The object might have been deleted and then recreated"
-            )
-            raise conflict("", "pods", ref["name"], why)
-        if pod["spec"]["serviceAccountName"] != meta["name"]:
-            name = account_name(meta["namespace"], meta["name"])
-            raise bad_request(
-                f'cannot bind token for serviceaccount "{name}" to pod running with '
-                "different serviceaccount name."
-            )
-        return pod
 
 
 class _Noted(web.StreamResponse):
@@ -548,32 +440,3 @@ class _Noted(web.StreamResponse):
 def _end(watch: Watch) -> None:
     watch.bookmark()
     watch.end()
-
-
-def _version_of(asked: Asked) -> int | None:
-    text = asked.query.get("resourceVersion", "")
-    if not text:
-        return None
-    if not text.isdecimal():
-        raise bad_request(
-            f'resourceVersion: Invalid value: "{text}": strconv.ParseUint: parsing'
-        )
-    return int(text)
-
-
-def _place(body: Body) -> tuple[str, str]:
-    return body["metadata"].get("namespace", ""), body["metadata"]["name"]
-
-
-def _continue(version: int, last: tuple[str, str]) -> str:
-    read = {"v": "meta.k8s.io/v1", "rv": version, "start": list(last)}
-    return base64.urlsafe_b64encode(json.dumps(read).encode()).decode()
-
-
-_CONTINUE_TOO_OLD = (
-    "The provided continue parameter is too old to display a consistent list result. You can "
-    "start a new list without the continue parameter, or use the continue token in this "
-    "response to retrieve the remainder of the results. Continuing with the provided token "
-    "results in an inconsistent list - objects that were created, modified, or deleted "
-    "between the time the first chunk was returned and now may show up in the list."
-)

@@ -203,13 +203,10 @@ class TokenAuthority:
         return Verdict(user, common)
 
     def _signed_by_us(self, token: str) -> bool:
+        options: Any = {"verify_signature": True} | dict.fromkeys(_OURS_TO_CHECK, False)
+        key = self._key.public_key()
         try:
-            jwt.decode_complete(
-                token,
-                self._key.public_key(),
-                algorithms=[self.algorithm],
-                options={"verify_signature": True} | dict.fromkeys(_OURS_TO_CHECK, False),
-            )
+            jwt.decode_complete(token, key, algorithms=[self.algorithm], options=options)
         except jwt.PyJWTError:
             return False
         return True
