@@ -29,7 +29,7 @@ from workload_api.attestors.cgroup import (
     parse_lines,
     read_cgroup,
 )
-from workload_api.attestors.cgroupns import INITIAL_NAMESPACE, Cgroups, own_view
+from workload_api.attestors.cgroupns import INITIAL_NAMESPACE, own_view
 
 pytestmark = pytest.mark.root
 USER = 1000
@@ -133,17 +133,17 @@ def paths(pid: int) -> set[str]:
 
 def test_sec_33_a_process_where_a_kubelet_puts_it(cgroup: Cgroup) -> None:
     """SEC-33: placed by root below the prefix it is in that container, and no longer."""
-    cgroups = Cgroups.of_this_process()
+    view = own_view()
     with a_child() as child:
-        assert cgroups.container(child.pid, cgroup.layout) is None
-        cgroup.place(child.pid, CONTAINER_PATH)
-        assert cgroups.container(child.pid, cgroup.layout) == ContainerRef(CONTAINER, POD)
-        cgroup.place(child.pid, OTHER_PATH)
-        assert cgroups.container(child.pid, cgroup.layout) == ContainerRef(
-            OTHER_CONTAINER, OTHER_POD
-        )
-        cgroup.place(child.pid, ".")
-        assert cgroups.container(child.pid, cgroup.layout) is None
+        places = [
+            (".", None),
+            (CONTAINER_PATH, ContainerRef(CONTAINER, POD)),
+            (OTHER_PATH, ContainerRef(OTHER_CONTAINER, OTHER_POD)),
+            (".", None),
+        ]
+        for path, wanted in places:
+            cgroup.place(child.pid, path)
+            assert container_of(read_cgroup(child.pid), cgroup.layout, view) == wanted
 
 
 def test_sec_33_a_process_in_two_places(cgroup: Cgroup) -> None:
@@ -258,15 +258,15 @@ def test_sec_33_mounts_forge_nothing(cgroup: Cgroup) -> None:
             assert heard == fake.read_text().rstrip("\n")  # it deceives itself
             assert CONTAINER in Path(f"/proc/{child.pid}/mountinfo").read_text()
             assert read_cgroup(child.pid) == read_cgroup(os.getpid())
-            assert Cgroups.of_this_process().container(child.pid, PODS) is None
+            assert container_of(read_cgroup(child.pid), PODS, own_view()) is None
 
 
 # --- namespaces ------------------------------------------------------------------------------
 
 AGENT = """
 import json, os, sys
-from workload_api.attestors.cgroup import CgroupError, CgroupLayout
-from workload_api.attestors.cgroupns import TREES, Cgroups, Tree, own_view
+from workload_api.attestors.cgroup import CgroupError, CgroupLayout, container_of, read_cgroup
+from workload_api.attestors.cgroupns import TREES, Tree, own_view
 
 sys.stdin.readline()
 for line in sys.stdin:
@@ -280,7 +280,7 @@ for line in sys.stdin:
         with open(f"/proc/{pid}/cgroup") as file:
             answer[name + "_text"] = file.read()
         try:
-            found = Cgroups(view).container(pid, CgroupLayout.pods(order["prefixes"]))
+            found = container_of(read_cgroup(pid), CgroupLayout.pods(order["prefixes"]), view)
             answer[name] = found and [found.container_id, found.pod_uid]
         except CgroupError as error:
             answer[name] = str(error)

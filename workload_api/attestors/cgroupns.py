@@ -7,18 +7,15 @@ in the node's tree, once, at start: the kernel lists us in one folder of each hi
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from workload_api.attestors.cgroup import (
     HOST,
     CgroupError,
-    CgroupLayout,
     CgroupView,
-    ContainerRef,
     Segments,
-    container_of,
     parse_lines,
     read_cgroup,
 )
@@ -48,30 +45,6 @@ class Tree:
 
 
 TREES: Final = (Tree("/proc/1/root/sys/fs/cgroup", whole=True), Tree("/sys/fs/cgroup"))
-
-
-class Cgroups:
-    """Reads processes' containers as the node itself would."""
-
-    def __init__(
-        self, view: CgroupView = HOST, *, read: Callable[[int], bytes] = read_cgroup
-    ) -> None:
-        self._view = view
-        self._read = read
-
-    @classmethod
-    def of_this_process(cls) -> "Cgroups":
-        """Learn how paths read from here; it blocks, for milliseconds."""
-        return cls(own_view())
-
-    def container(self, pid: int, layout: CgroupLayout) -> ContainerRef | None:
-        """
-        Return the container that process *pid* is in; None when in none of this *layout*.
-
-        Raises:
-            CgroupError: it may be in one, but what its cgroups say is not to be believed.
-        """
-        return container_of(self._read(pid), layout, self._view)
 
 
 def own_view(trees: Sequence[Tree] = TREES) -> CgroupView:
