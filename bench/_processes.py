@@ -16,6 +16,7 @@ from tests.support.stack import TRUST_DOMAIN, ServerCalls, a_folder, entry_messa
 from workload_api.cache.cache import WorkloadCache
 from workload_api.keys import make_csr, make_key
 from workload_api.node.identity import NodeIdentity, read_trust_bundle
+from workload_api.node.join_token import JoinTokenProof
 from workload_api.storage import AgentStorage
 
 
@@ -101,7 +102,7 @@ async def an_agent(server: ServerCalls) -> AsyncIterator[AgentConnection]:
             check=node.check_server,
             runtime_dir=folder / "run",
         ) as dialer:
-            await node.attest(dialer.channel, await server.join_token())
+            await node.attest(dialer.channel, JoinTokenProof(await server.join_token()))
             dialer.cut()
             assert node.svid is not None
             yield AgentConnection(dialer.channel, node.svid.spiffe_id.uri)

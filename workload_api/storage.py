@@ -55,6 +55,8 @@ class NodeState:
 
     key: bytes = field(repr=False)
     chain: tuple[bytes, ...] = ()
+    reattestable: bool = False
+    """The server wants this node to attest again where others renew."""
 
 
 class AgentStorage:
@@ -89,7 +91,8 @@ class AgentStorage:
             tree = _load(self._node)
             if tree is None:
                 return None
-            state = NodeState(_bytes(tree["key"]), _chain(tree["chain"]))
+            again = tree.get("reattestable") is True  # an older file says nothing of it
+            state = NodeState(_bytes(tree["key"]), _chain(tree["chain"]), again)
             check_key(state.key, state.chain)
         except (MalformedError, KeyError, TypeError, ValueError) as error:
             raise StorageError(
@@ -103,7 +106,14 @@ class AgentStorage:
         with self._turn:
             if self._wiped:
                 raise StorageError("this agent was told to forget its identity")
-            _save(self._node, {"key": _text(state.key), "chain": list(map(_text, state.chain))})
+            _save(
+                self._node,
+                {
+                    "key": _text(state.key),
+                    "chain": list(map(_text, state.chain)),
+                    "reattestable": state.reattestable,
+                },
+            )
 
     def load_cache(self, cache: WorkloadCache, at: datetime) -> bool:
         """Fill *cache* from disk with what is still good; return whether there was anything."""

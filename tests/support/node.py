@@ -18,6 +18,7 @@ from tests.support.stack import TRUST_DOMAIN, ServerProcess
 from workload_api.cache.cache import WorkloadCache
 from workload_api.keys import make_csr, make_key
 from workload_api.node.identity import NodeIdentity, read_trust_bundle
+from workload_api.node.join_token import JoinTokenProof
 from workload_api.storage import AgentStorage
 
 _T = TypeVar("_T")
@@ -38,7 +39,7 @@ class Node:
 
     async def attest(self, token: str) -> None:
         """Attest; asked again after a failure it uses the same key."""
-        await self.identity.attest(self.dialer.channel, token)
+        await self.identity.attest(self.dialer.channel, JoinTokenProof(token))
         self.dialer.cut()
 
     async def renew(self) -> None:

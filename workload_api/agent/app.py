@@ -10,13 +10,15 @@ import contextlib
 import json
 import logging
 import os
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from spiffe_core.errors import ErrorKind, SpiffeError
+from spiffe_core.errors import ErrorKind, NotReadyError, SpiffeError
+from spiffe_core.permission import AgentDeniedError
 from spiffe_core.spiffeid import TrustDomain
 from spiffe_core.version import VERSION
 from spiffe_wire.backoff import Backoff
@@ -35,7 +37,7 @@ from spiffe_wire.pb.spiffe_issuer.v1 import (
 )
 from spiffe_wire.security_header import SecurityHeaderInterceptor
 from workload_api.agent.attestors import Attestors, build_attestors
-from workload_api.agent.config import AgentSettings
+from workload_api.agent.config import AgentSettings, NodeAttestor
 from workload_api.attestors.registry import Attestation
 from workload_api.cache.cache import WorkloadCache
 from workload_api.endpoint import reflection
@@ -43,19 +45,16 @@ from workload_api.endpoint.admin import AdminServicer, AgentHealthServicer, WhoA
 from workload_api.endpoint.responses import Responses
 from workload_api.endpoint.workload import WorkloadServicer, register
 from workload_api.metrics import AgentMetrics
-from workload_api.node.identity import NodeIdentity, NoWayToAttestError, read_trust_bundle
+from workload_api.node.identity import NodeIdentity, read_trust_bundle
+from workload_api.node.join_token import JoinTokenProof
+from workload_api.node.k8s_psat import K8sPsatProof
+from workload_api.node.proof import NodeProof, NoWayToAttestError
 from workload_api.storage import AgentStorage
+from workload_api.sync.membership import PASSING
 from workload_api.sync.syncer import Syncer
 
 _log = logging.getLogger(__name__)
 WORKLOAD_MESSAGE_BYTES: Final = 64 * 1024  # security requirements, table 1
-# What a server may answer to an attestation that can yet succeed (SPIRE API 2.3).
-_PASSING: Final = frozenset(
-    {
-        ErrorKind.NOT_READY, ErrorKind.EXHAUSTED, ErrorKind.INTERNAL, ErrorKind.DEADLINE,
-        ErrorKind.ABORTED,
-    }
-)  # fmt: skip
 STOP_GRACE: Final = timedelta(seconds=3)
 
 
@@ -111,21 +110,33 @@ async def serve(
             bundle = read_trust_bundle(settings.server.trust_bundle, trust_domain)
             cache.bundles[trust_domain] = bundle
         node = NodeIdentity(trust_domain, storage, cache, _now)
+        proof = _proof_of(settings, join_token)
         known = await node.load()
-        if not known and not join_token and not served_before:
-            raise NoWayToAttestError(node.what_to_do())
-        dialer = await stack.enter_async_context(
-            Dialer(
-                settings.server.address,
-                settings.server.port,
-                context=node.context,
+        if not known and not proof.is_given and not served_before:
+            raise NoWayToAttestError(proof.what_to_do(node.expired_at))
+        inner = without_leftovers(settings.runtime_dir / "inner")
+
+        def dialling(context: Callable[[], ssl.SSLContext]) -> Dialer:
+            server = settings.server
+            return Dialer(
+                server.address,
+                server.port,
+                context=context,
                 check=node.check_server,
-                runtime_dir=without_leftovers(settings.runtime_dir / "inner"),
+                runtime_dir=inner,
             )
-        )
-        attestors = await stack.enter_async_context(
-            build_attestors(settings, read=read_cgroup)
-        )
+
+        async def attest_anew() -> None:
+            async with dialling(node.anonymous_context) as fresh:
+                try:
+                    await node.attest(fresh.channel, proof)
+                except SpiffeError as error:
+                    if fresh.problem:
+                        raise NotReadyError(fresh.problem) from error
+                    raise
+
+        dialer = await stack.enter_async_context(dialling(node.context))
+        attestors = await stack.enter_async_context(build_attestors(settings, read=read_cgroup))
         syncer = Syncer(
             cache,
             node,
@@ -135,9 +146,10 @@ async def serve(
             settings.workloads.key_type,
             settings.server.sync_interval,
             VERSION,
+            attest_anew if proof.can_repeat else None,
         )
         metrics = AgentMetrics()
-        running = asyncio.create_task(_run(node, dialer, syncer, join_token, known=known))
+        running = asyncio.create_task(_run(node, dialer, syncer, proof, known=known))
         stack.push_async_callback(_cancel, running)
         stack.callback(syncer.tokens.clear)
         agent = Agent(settings, cache, node, syncer, metrics, attestors, running)
@@ -146,24 +158,41 @@ async def serve(
         yield agent
 
 
+def _proof_of(settings: AgentSettings, join_token: str) -> NodeProof:
+    if settings.node_attestor is NodeAttestor.K8S_PSAT:
+        return K8sPsatProof(settings.kubernetes.cluster, settings.kubernetes.token_path)
+    return JoinTokenProof(join_token)
+
+
 async def _run(
-    node: NodeIdentity, dialer: Dialer, syncer: Syncer, join_token: str, *, known: bool
+    node: NodeIdentity, dialer: Dialer, syncer: Syncer, proof: NodeProof, *, known: bool
 ) -> None:
     backoff = Backoff(timedelta(milliseconds=200), timedelta(seconds=30))
     while not known:
         try:
-            await node.attest(dialer.channel, join_token)
+            await node.attest(dialer.channel, proof)
             known = True
             dialer.cut()  # from here on with our own certificate
         except SpiffeError as error:
             syncer.state.problem = dialer.problem or str(error)
             event(_log, logging.WARNING, "attestation_failed", why=syncer.state.problem)
-            if not dialer.problem and error.kind not in _PASSING:
-                if node.expired_at is not None and join_token:
-                    raise NoWayToAttestError(f"{error}; {node.what_to_do()}") from error
-                raise
+            if not dialer.problem and error.kind not in PASSING:
+                await _refused(node, syncer, proof, error)
             await asyncio.sleep(backoff.next().total_seconds())
     await syncer.run()
+
+
+async def _refused(
+    node: NodeIdentity, syncer: Syncer, proof: NodeProof, error: SpiffeError
+) -> None:
+    """End, saying what to do; what a server does not want is no longer served (SEC-52)."""
+    said = error
+    tried = proof.is_given and not isinstance(error, NoWayToAttestError | AgentDeniedError)
+    if tried and (proof.can_repeat or node.expired_at is not None):
+        said = NoWayToAttestError(f"{error}; {proof.what_to_do(node.expired_at)}")
+    if error.kind is ErrorKind.FORBIDDEN:
+        await syncer.membership.end(said)
+    raise said from error
 
 
 async def _cancel(task: "asyncio.Task[None]") -> None:

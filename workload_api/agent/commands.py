@@ -52,11 +52,18 @@ def run(arguments: argparse.Namespace) -> int:
     from spiffe_core import crashpoints
     from spiffe_wire import descriptors, logs
     from workload_api.agent.app import serve
+    from workload_api.agent.config import NodeAttestor
 
     settings = _settings(arguments.config)
     logs.set_up(settings.log_style.value, settings.log_level)
     descriptors.raise_limit()
     crashpoints.arm(os.environ.get(crashpoints.VARIABLE, ""), lambda: os._exit(137))
+    if arguments.join_token_file and settings.node_attestor is not NodeAttestor.JOIN_TOKEN:
+        raise CommandError(
+            f"--join-token-file: node_attestor in {arguments.config} is "
+            f"{settings.node_attestor.value}, which needs none",
+            USAGE,
+        )
     token_file = arguments.join_token_file or settings.join_token_file
     token = ""
     if token_file:

@@ -1,7 +1,7 @@
 """
-The agent's own identity: attest once, renew at half-life, keep it through restarts.
+The agent's own identity: attest, renew at half-life, keep it through restarts.
 
-Source: SPIRE API 8.1 and 9, SEC-50 (a lost reply), SEC-54, SEC-57 (the server is known
+Source: SPIRE API 8 and 9, SEC-50 (a lost reply), SEC-54, SEC-57 (the server is known
 before the first byte).
 """
 
@@ -33,15 +33,12 @@ from spiffe_wire.pb.spire.api.types import attestation_pb2
 from spiffe_wire.status import error_of
 from workload_api.cache.cache import WorkloadCache
 from workload_api.keys import authority_of, check_key, make_csr, make_key
+from workload_api.node.proof import NodeProof, NoWayToAttestError
 from workload_api.storage import AgentStorage, NodeState
 
 _log = logging.getLogger(__name__)
 ATTEST_TIMEOUT = 30.0
 """Seconds for one attestation."""
-
-
-class NoWayToAttestError(PreconditionError):
-    """There is no identity on disk and nothing to get one with."""
 
 
 def read_trust_bundle(path: Path, trust_domain: TrustDomain) -> Bundle:
@@ -78,6 +75,8 @@ class NodeIdentity:
     svid: X509Svid | None = None
     expired_at: datetime | None = None
     """When the identity on disk ended, if it has."""
+    reattestable: bool = False
+    """Whether the server wants this node to attest again where others renew."""
     _key: bytes = field(default=b"", repr=False)
 
     async def load(self) -> bool:
@@ -99,20 +98,26 @@ class NodeIdentity:
             self.expired_at = svid.validity.not_after
             event(_log, logging.WARNING, "own_svid_expired", at=self.expired_at)
             return False
-        self.svid, self._key = svid, state.key
+        self.svid, self._key, self.reattestable = svid, state.key, state.reattestable
         return True
 
     def context(self) -> ssl.SSLContext:
         """TLS towards the server; with our SVID when we have one."""
+        if self.svid is None:
+            return self.anonymous_context()
+        return client_context(self._roots(), self.svid.chain, self._key)
+
+    def anonymous_context(self) -> ssl.SSLContext:
+        """TLS towards the server to attest over: without our SVID even when we have one."""
+        return client_context(self._roots())
+
+    def _roots(self) -> list[bytes]:
         own = self.cache.bundles.get(self.trust_domain)
         if own is None or not own.x509_authorities:
             raise PreconditionError(
                 "no trust bundle to know the server by: set server.trust_bundle"
             )
-        roots = [one.der for one in own.x509_authorities]
-        if self.svid is None:
-            return client_context(roots)
-        return client_context(roots, self.svid.chain, self._key)
+        return [one.der for one in own.x509_authorities]
 
     def check_server(self, chain: tuple[bytes, ...]) -> None:
         """
@@ -126,26 +131,24 @@ class NodeIdentity:
         server = verify_x509_svid(chain, bundles, at=self.now())
         exactly(self.trust_domain.server_id)(server.spiffe_id)
 
-    async def attest(self, channel: Any, join_token: str) -> None:
+    async def attest(self, channel: Any, proof: NodeProof) -> None:
         """
-        Attest with a join token over *channel*; the identity is on disk when this returns.
+        Attest with *proof* over *channel*; the identity is on disk when this returns.
+
+        What we had is kept until then, and is worth nothing from then on: a server forgets
+        the serial of a node that attests again (SEC-54).
 
         Raises:
-            NoWayToAttestError: no token.
-            SpiffeError: what the server said.
+            NoWayToAttestError: there is nothing to prove this node with.
+            SpiffeError: what the server said; AgentDeniedError when we are banned.
         """
-        if not join_token:
-            raise NoWayToAttestError(self.what_to_do())
-        state = await asyncio.to_thread(self.storage.load_node)
-        # The key is kept before the token is spent: if the reply is lost, the same key and
-        # token are answered again for a minute.
-        key = state.key if state is not None and not state.chain else make_key()
-        await asyncio.to_thread(self.storage.save_node, NodeState(key))
+        if not proof.is_given:
+            raise NoWayToAttestError(proof.what_to_do(self.expired_at))
+        payload = await proof.payload()
+        key = make_key() if proof.can_repeat else await self._key_for_once()
         request = agent_pb2.AttestAgentRequest(
             params=agent_pb2.AttestAgentRequest.Params(
-                data=attestation_pb2.AttestationData(
-                    type="join_token", payload=join_token.encode()
-                ),
+                data=attestation_pb2.AttestationData(type=proof.type, payload=payload),
                 params=agent_pb2.AgentX509SVIDParams(csr=make_csr(key)),
             )
         )
@@ -159,7 +162,8 @@ class NodeIdentity:
             raise error_of(error) from error
         if answer is grpc.aio.EOF or not answer.HasField("result"):
             raise InternalError("the server ended the attestation without an answer")
-        await self._take(tuple(answer.result.svid.cert_chain), key)
+        chain = tuple(answer.result.svid.cert_chain)
+        await self._take(chain, key, reattestable=answer.result.reattestable)
         event(_log, logging.INFO, "node_attested", agent=self._own().spiffe_id)
 
     async def renew(self, channel: Any) -> None:
@@ -177,26 +181,12 @@ class NodeIdentity:
             answer = await agent_pb2_grpc.AgentStub(channel).RenewAgent(request, timeout=30)
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from error
-        await self._take(tuple(answer.svid.cert_chain), key)
+        await self._take(tuple(answer.svid.cert_chain), key, reattestable=False)
         event(_log, logging.INFO, "own_svid_renewed", until=self._own().validity.not_after)
 
     def is_good(self) -> bool:
         """True while our own SVID has not ended, by our own clock."""
         return self.svid is not None and self.now() <= self.svid.validity.not_after
-
-    def what_to_do(self) -> str:
-        """What an operator does about an agent that has no good identity."""
-        why = "this agent has no identity"
-        if self.expired_at is not None:
-            why = (
-                f"this agent's SVID ended at {self.expired_at:%Y-%m-%d %H:%M:%S} UTC, while it "
-                "was stopped (or is its clock wrong?), and a join token is good for one join"
-            )
-        return (
-            f"{why}: make a new token with `issuer token generate` on the server, and start "
-            "with --join-token-file FILE; it will be another agent, so entries below the old "
-            "one need its ID as their parent"
-        )
 
     def renew_due(self) -> bool:
         """True from half-life on, and once the authority that signed us is tainted."""
@@ -216,7 +206,18 @@ class NodeIdentity:
         self.svid, self._key = None, b""
         await asyncio.to_thread(self.storage.wipe)
 
-    async def _take(self, chain: tuple[bytes, ...], key: bytes) -> None:
+    async def _key_for_once(self) -> bytes:
+        """
+        A key that is on disk before a proof is spent on it.
+
+        If the reply is lost, the same key and join token are answered again for a minute.
+        """
+        state = await asyncio.to_thread(self.storage.load_node)
+        key = state.key if state is not None and not state.chain else make_key()
+        await asyncio.to_thread(self.storage.save_node, NodeState(key))
+        return key
+
+    async def _take(self, chain: tuple[bytes, ...], key: bytes, *, reattestable: bool) -> None:
         crash_point("agent.reply_got")
         try:
             svid = X509Svid.from_chain(chain)
@@ -227,9 +228,10 @@ class NodeIdentity:
             ) from error
         if svid.spiffe_id.trust_domain != self.trust_domain:
             raise InternalError("the server answered an SVID of another trust domain")
-        await asyncio.to_thread(self.storage.save_node, NodeState(key, chain))
+        state = NodeState(key, chain, reattestable)
+        await asyncio.to_thread(self.storage.save_node, state)
         crash_point("agent.identity_saved")
-        self.svid, self._key = svid, key
+        self.svid, self._key, self.reattestable = svid, key, reattestable
 
     def _own(self) -> X509Svid:
         if self.svid is None:

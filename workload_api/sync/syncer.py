@@ -2,14 +2,14 @@
 Keeps the cache in step with the server: a held stream, or polling.
 
 Source: architecture A2, A8; SPIRE API 5.1.1, 9; SEC-47, SEC-106, SEC-107.  Four loops: follow
-the server, sign what is due, renew our own SVID, write to disk.
+the server, sign what is due, stay a member (`membership`), write to disk.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -29,7 +29,7 @@ from spiffe_core.errors import (
 )
 from spiffe_core.jwtsvid import JwtSvid
 from spiffe_core.keys import KeyKind
-from spiffe_core.permission import AgentDeniedError, DenialReason
+from spiffe_core.permission import AgentDeniedError
 from spiffe_core.spiffeid import SpiffeId, TrustDomain
 from spiffe_wire.backoff import Backoff
 from spiffe_wire.convert.bundle import bundle_from_wire
@@ -45,6 +45,7 @@ from spiffe_wire.status import error_of
 from workload_api.cache.cache import Change, WorkloadCache
 from workload_api.node.identity import NodeIdentity
 from workload_api.storage import AgentStorage, Snapshot
+from workload_api.sync.membership import Membership, SyncState
 from workload_api.sync.signer import Signer
 from workload_api.sync.tokens import TokenCache
 
@@ -59,17 +60,6 @@ LONGEST_SIGNING_PAUSE: Final = timedelta(seconds=5)  # it follows the server's o
 FAILED_SAVE_DELAY: Final = 5.0
 
 
-@dataclass(slots=True)
-class SyncState:
-    """How the syncing goes, for health and operators."""
-
-    mode: str = "none"
-    connected: bool = False
-    last_sync_at: datetime | None = None
-    problem: str = ""
-    denied: AgentDeniedError | None = None
-
-
 @dataclass
 class Syncer:
     """One for an agent; `run` ends when the server does not want this agent any more."""
@@ -82,16 +72,25 @@ class Syncer:
     key_kind: KeyKind
     sync_interval: timedelta
     version: str
+    attest_anew: Callable[[], Awaitable[None]] | None = None
+    """See `Membership`."""
     state: SyncState = field(default_factory=SyncState)
     cursor: str = ""
 
     def __post_init__(self) -> None:
         self._dirty = asyncio.Event()
         self._said = ("", "")
-        self._switched = 0
-        """How often our connections were cut because we had a new SVID ourselves."""
         self.signer = Signer(self.cache, lambda: self.dialer.channel, self.now, self.key_kind)
-        self.tokens = TokenCache(self.cache, self._new_jwt, self.now)
+        self.tokens = TokenCache(self.cache, self._ask_jwt, self.now)
+        self.membership = Membership(
+            self.node,
+            self.dialer,
+            self.state,
+            self.signer.idle,
+            self._forget_workloads,
+            self._fail,
+            self.attest_anew,
+        )
 
     @property
     def problem(self) -> str:
@@ -103,9 +102,14 @@ class Syncer:
         Stay in step until cancelled.
 
         Raises:
-            AgentDeniedError: banned, evicted, superseded or expired; keys are gone by then.
+            SpiffeError: banned, evicted, superseded or expired; keys are gone by then.
         """
-        loops = (self._follow(), self._keep_signed(), self._keep_own(), self._keep_on_disk())
+        loops = (
+            self._follow(),
+            self._keep_signed(),
+            self.membership.keep(),
+            self._keep_on_disk(),
+        )
         tasks = [asyncio.create_task(one) for one in loops]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -134,15 +138,16 @@ class Syncer:
     async def _follow(self) -> None:
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while True:
-            switched = self._switched
+            since = self.membership.switched
             try:
                 await self._in_step(backoff)
             except AgentDeniedError as error:
-                await self._denied(error)
+                await self.membership.denied(error, since)
             except SpiffeError as error:
-                if switched != self._switched:
-                    continue  # we cut the connection ourselves: dial with the new SVID
-                self._fail("sync_failed", error)
+                if since == self.membership.switched:
+                    self._fail("sync_failed", error)
+            if since != self.membership.switched:
+                continue  # we cut the connection ourselves: dial with the new SVID
             self.state.connected = False
             pause = backoff.next().total_seconds()
             # A server that cannot be reached is dialled at the dialer's pace, not at ours too.
@@ -212,7 +217,8 @@ class Syncer:
         while True:
             entries = await self._authorized()
             names = sorted({one for entry in entries for one in entry.federates_with})
-            answers = [await self._bundle(one) for one in (None, *names)]
+            async with self.membership.calls.call():
+                answers = [await self._bundle(one) for one in (None, *names)]
             bundles, unread = _bundles_of(one for one in answers if one is not None)
             change = self.cache.apply(
                 snapshot=True, entries=entries, bundles=bundles, unread_domains=unread
@@ -225,7 +231,8 @@ class Syncer:
         request = entry_pb2.GetAuthorizedEntriesRequest()
         stub = entry_pb2_grpc.EntryStub(self.dialer.channel)
         try:
-            answer = await stub.GetAuthorizedEntries(request, timeout=CALL_TIMEOUT)
+            async with self.membership.calls.call():
+                answer = await stub.GetAuthorizedEntries(request, timeout=CALL_TIMEOUT)
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from error
         return _entries_of(answer.entries)
@@ -246,9 +253,10 @@ class Syncer:
     async def _post_status(self) -> None:
         request = agent_pb2.PostStatusRequest(agent_version=self.version)
         try:
-            await agent_pb2_grpc.AgentStub(self.dialer.channel).PostStatus(
-                request, timeout=CALL_TIMEOUT
-            )
+            async with self.membership.calls.call():
+                await agent_pb2_grpc.AgentStub(self.dialer.channel).PostStatus(
+                    request, timeout=CALL_TIMEOUT
+                )
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from error
 
@@ -260,28 +268,21 @@ class Syncer:
         self.state.problem = why
         return why
 
-    async def _denied(self, error: AgentDeniedError) -> None:
-        """SPIRE API 2.3: a join token can't be used again, so every reason is the end."""
-        self.state.problem = str(error)
-        if error.reason in (DenialReason.UNKNOWN, DenialReason.AGENT_MUST_REATTEST):
-            return
-        if error.reason is DenialReason.AGENT_EXPIRED and self.node.is_good():
-            # SEC-111: a wrong clock is put right one day; what is good is kept until then.
-            self.state.problem = "the server takes our SVID for expired: compare the clocks"
-            return
-        event(_log, logging.ERROR, "agent_denied", reason=error.reason.name)
-        self.state.connected = False
-        self.state.denied = error
+    def _forget_workloads(self) -> None:
+        own = self.cache.bundles.get(self.cache.trust_domain)
         self.cache.wipe()
+        if own is not None:  # it is public, and what the server is known by
+            self.cache.bundles[self.cache.trust_domain] = own
+        self.cursor = ""
         self.tokens.clear()
-        await self.node.forget()
-        raise error
+        self._dirty.set()
 
     async def _keep_signed(self) -> None:
         backoff = Backoff(FIRST_PAUSE, LONGEST_SIGNING_PAUSE)
         problem = ""
         while True:
             await self.signer.wanted(TICK)
+            since = self.membership.switched
             try:
                 if await self.signer.sign_due():
                     self._dirty.set()
@@ -289,33 +290,19 @@ class Syncer:
                 if problem and self.state.problem == problem:
                     self.state.problem = ""
             except AgentDeniedError as error:
-                await self._denied(error)
+                await self.membership.denied(error, since)
             except SpiffeError as error:
                 problem = self._fail("signing_failed", error)
                 await asyncio.sleep(backoff.next().total_seconds())
 
-    async def _keep_own(self) -> None:
-        backoff = Backoff(timedelta(seconds=TICK), LONGEST_PAUSE)
-        while True:
-            await asyncio.sleep(TICK)
-            if not self.node.renew_due():
-                continue
-            try:
-                async with self.signer.idle():
-                    await self.node.renew(self.dialer.channel)
-                    # The server forgets the old serial once it has seen the new one, so
-                    # nothing may go over the old connections any more.
-                    self._switched += 1
-                    self.dialer.cut()
-                crash_point("agent.switched_over")
-                if self.node.renew_due():
-                    raise NotReadyError("the new SVID is due for renewal: compare the clocks")
-                backoff.reset()
-            except AgentDeniedError as error:
-                await self._denied(error)
-            except SpiffeError as error:
-                self._fail("renewal_failed", error)
-                await asyncio.sleep(backoff.next().total_seconds())
+    async def _ask_jwt(self, entry: RegistrationEntry, audience: tuple[str, ...]) -> JwtSvid:
+        try:
+            async with self.membership.calls.call():
+                return await self._new_jwt(entry, audience)
+        except AgentDeniedError as error:
+            if self.attest_anew is None:
+                raise
+            raise NotReadyError("the server does not know this agent now") from error
 
     async def _new_jwt(self, entry: RegistrationEntry, audience: tuple[str, ...]) -> JwtSvid:
         request = svid_pb2.NewJWTSVIDRequest(entry_id=entry.id, audience=audience)

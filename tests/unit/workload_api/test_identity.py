@@ -21,7 +21,9 @@ from tests.support.clock import DrivenClock
 from tests.support.store import TD
 from workload_api.cache.cache import WorkloadCache
 from workload_api.keys import authority_of, check_key, make_csr, make_key
-from workload_api.node.identity import NodeIdentity, NoWayToAttestError, read_trust_bundle
+from workload_api.node.identity import NodeIdentity, read_trust_bundle
+from workload_api.node.join_token import JoinTokenProof
+from workload_api.node.proof import NoWayToAttestError
 from workload_api.storage import AgentStorage, NodeState
 
 CA = FakeCa()
@@ -89,7 +91,7 @@ async def test_no_svid_of_a_kind(place: Place) -> None:
 async def test_without_a_token(place: Place) -> None:
     """SEC-50: without a token nothing is sent, and it says how to make one."""
     with pytest.raises(NoWayToAttestError, match="issuer token generate"):
-        await place.node.attest(None, "")
+        await place.node.attest(None, JoinTokenProof())
 
 
 async def test_forgotten(place: Place) -> None:
