@@ -13,8 +13,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from workload_api.agent.config import AgentSettings, Kubernetes, PodSource
-from workload_api.attestors.cgroup import HOST, POD_PREFIXES, CgroupLayout, read_cgroup
+from workload_api.agent.config import AgentSettings, Docker, Kubernetes, PodSource
+from workload_api.attestors.cgroup import (
+    ENGINE_PREFIXES,
+    HOST,
+    POD_PREFIXES,
+    CgroupLayout,
+    CgroupView,
+    read_cgroup,
+)
 from workload_api.attestors.cgroupns import own_view
 from workload_api.attestors.protocol import WorkloadAttestor
 from workload_api.attestors.unix import UnixAttestor
@@ -54,16 +61,22 @@ async def build_attestors(
         UnixAttestor(hash_executables=settings.workloads.hash_executables)
     ]
     async with contextlib.AsyncExitStack() as stack:
-        if not settings.kubernetes.workloads:
-            yield Attestors(found)
-            return
-        yield await _with_pods(stack, settings.kubernetes, found, read)
+        made = Attestors(found)
+        if settings.kubernetes.workloads or settings.docker.workloads:
+            # Texts that are given are taken as the node's own.
+            view = await asyncio.to_thread(own_view) if read is None else HOST
+            if settings.kubernetes.workloads:
+                made = await _with_pods(stack, settings.kubernetes, found, view, read)
+            if settings.docker.workloads:
+                found.append(_docker(settings.docker, view, read or read_cgroup))
+        yield made
 
 
 async def _with_pods(
     stack: contextlib.AsyncExitStack,
     settings: Kubernetes,
     found: list[WorkloadAttestor],
+    view: CgroupView,
     read: Callable[[int], bytes] | None,
 ) -> Attestors:
     from workload_api.attestors.k8s import K8sAttestor
@@ -80,19 +93,32 @@ async def _with_pods(
     )
     client, source = _source(settings, pods)
     stack.push_async_callback(client.close)
-    running = asyncio.create_task(source.run())
-    stack.push_async_callback(_cancel, running)
-    # Given the texts, they are taken as the node's own.
-    view = await asyncio.to_thread(own_view) if read is None else HOST
-    attestor = K8sAttestor(
-        pods,
-        source,
-        layout=layout,
-        view=view,
-        stale_limit=settings.stale_limit,
-        read=read or read_cgroup,
+    stack.push_async_callback(_cancel, asyncio.create_task(source.run()))
+    found.append(
+        K8sAttestor(
+            pods,
+            source,
+            layout=layout,
+            view=view,
+            stale_limit=settings.stale_limit,
+            read=read or read_cgroup,
+        )
     )
-    return Attestors([*found, attestor], pods, source)
+    return Attestors(found, pods, source)
+
+
+def _docker(
+    settings: Docker, view: CgroupView, read: Callable[[int], bytes]
+) -> WorkloadAttestor:
+    from workload_api.attestors.docker import DockerAttestor
+
+    return DockerAttestor(
+        socket=settings.socket,
+        prefixes=settings.cgroup_prefixes or ENGINE_PREFIXES,
+        env=settings.environment,
+        view=view,
+        read=read,
+    )
 
 
 def _source(settings: Kubernetes, pods: "PodTable") -> "tuple[Client, k8s.PodSource]":
