@@ -81,14 +81,14 @@ class SvidService:
         """
         The same as it is decided, by number in *wanted*; each part is on record.
 
-        What needs no waiting comes first.  All that waits for pods waits together, for as
-        long as our watch may be behind the agent's.
+        What needs no waiting comes first, at once, and is empty when all has to wait.  That
+        waits together, for as long as our watch may be behind the agent's.
         """
         open_ = dict(enumerate(wanted))
         ends = asyncio.get_running_loop().time() + self.pods.patience
         with self.pods.arrivals.listening() as listener:
             due: Iterable[int] = list(open_)
-            is_last = False
+            is_first, is_last = True, False
             while open_:
                 answers: dict[int, SignedX509 | SpiffeError] = {}
                 rows = []
@@ -113,8 +113,9 @@ class SvidService:
                     del open_[number]
                 await self._record(rows)
                 await self._note_refused(agent, wanted, answers)
-                if answers:
+                if answers or is_first:
                     yield answers
+                is_first = False
                 if open_:
                     left = ends - asyncio.get_running_loop().time()
                     due = await listener.fired(left)

@@ -147,6 +147,7 @@ async def serve(
             settings.server.sync_interval,
             VERSION,
             attest_anew if proof.can_repeat else None,
+            attestors.pods,
         )
         metrics = AgentMetrics()
         running = asyncio.create_task(_run(node, dialer, syncer, proof, known=known))

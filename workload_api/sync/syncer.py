@@ -40,11 +40,11 @@ from spiffe_wire.pb.spiffe_issuer.v1 import watch_pb2, watch_pb2_grpc
 from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2, agent_pb2_grpc
 from spiffe_wire.pb.spire.api.server.bundle.v1 import bundle_pb2, bundle_pb2_grpc
 from spiffe_wire.pb.spire.api.server.entry.v1 import entry_pb2, entry_pb2_grpc
-from spiffe_wire.pb.spire.api.server.svid.v1 import svid_pb2, svid_pb2_grpc
 from spiffe_wire.status import error_of
 from workload_api.cache.cache import Change, WorkloadCache
 from workload_api.node.identity import NodeIdentity
 from workload_api.storage import AgentStorage, Snapshot
+from workload_api.sync.calls import Pods, SvidCalls
 from workload_api.sync.membership import Membership, SyncState
 from workload_api.sync.signer import Signer
 from workload_api.sync.tokens import TokenCache
@@ -74,13 +74,18 @@ class Syncer:
     version: str
     attest_anew: Callable[[], Awaitable[None]] | None = None
     """See `Membership`."""
+    pods: Pods | None = None
+    """Of this node, where they are watched."""
     state: SyncState = field(default_factory=SyncState)
     cursor: str = ""
 
     def __post_init__(self) -> None:
         self._dirty = asyncio.Event()
         self._said = ("", "")
-        self.signer = Signer(self.cache, lambda: self.dialer.channel, self.now, self.key_kind)
+        self.calls = SvidCalls(lambda: self.dialer.channel, self.pods)
+        self.signer = Signer(
+            self.cache, self.calls, self.now, self.key_kind, on_changed=self._dirty.set
+        )
         self.tokens = TokenCache(self.cache, self._ask_jwt, self.now)
         self.membership = Membership(
             self.node,
@@ -119,6 +124,7 @@ class Syncer:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self.signer.close()
 
     async def renew(self, spiffe_id: SpiffeId | None) -> int:
         """
@@ -157,11 +163,13 @@ class Syncer:
         """Follow the server's stream, or ask again and again when it has none."""
         with contextlib.suppress(UnsupportedError):  # a status is a courtesy (SPIRE API 9)
             await self._post_status()
+        self.calls.is_offered = True
         try:
             await self._watch(backoff)
             raise NotReadyError("the server ended the stream")
         except UnsupportedError:
             self.state.mode = "poll"
+            self.calls.is_offered = False  # SPIRE's own
         await self._poll(backoff)
 
     async def _watch(self, backoff: Backoff) -> None:
@@ -305,17 +313,11 @@ class Syncer:
             raise NotReadyError("the server does not know this agent now") from error
 
     async def _new_jwt(self, entry: RegistrationEntry, audience: tuple[str, ...]) -> JwtSvid:
-        request = svid_pb2.NewJWTSVIDRequest(entry_id=entry.id, audience=audience)
         if self.dialer.problem and not self.state.connected:
             raise NotReadyError("the server cannot be reached")  # now, not at the next dialling
+        answer = await self.calls.jwt(entry, audience)
         try:
-            answer = await svid_pb2_grpc.SVIDStub(self.dialer.channel).NewJWTSVID(
-                request, timeout=CALL_TIMEOUT
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_of(error) from error
-        try:
-            svid = JwtSvid.parse_unverified(answer.svid.token)
+            svid = JwtSvid.parse_unverified(answer.token)
         except MalformedError as error:
             raise InternalError("the server answered something that is no JWT-SVID") from error
         if svid.spiffe_id != entry.spiffe_id:

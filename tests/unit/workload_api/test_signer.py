@@ -32,6 +32,7 @@ from tests.support.stack import a_folder
 from tests.support.store import an_entry
 from workload_api.cache.cache import Change, WorkloadCache
 from workload_api.sync import signer as signing
+from workload_api.sync.calls import SvidCalls
 from workload_api.sync.signer import BATCH, Signer
 
 CA = FakeCa()
@@ -130,7 +131,7 @@ async def a_place(**changes: Any) -> AsyncIterator[Place]:
         await running.start()
         options = [("grpc.use_local_subchannel_pool", 1)]
         async with grpc.aio.insecure_channel(f"unix:{folder}/s", options) as channel:
-            signer = Signer(cache, lambda: channel, clock.now, KeyKind.EC_P256)
+            signer = Signer(cache, SvidCalls(lambda: channel), clock.now, KeyKind.EC_P256)
             yield Place(clock, server, cache, signer)
         await running.stop(0)
 
