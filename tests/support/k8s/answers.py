@@ -113,7 +113,7 @@ async def broken_answer(request: web.BaseRequest, fault: Fault, is_watch: bool) 
         await answer.write(_BLOCK[:left])
         left -= len(_BLOCK)
     if fault.kind == "huge":
-        await answer.write(b'"}}\n')
+        await answer.write(b'"}}}\n' if is_watch else b'"}}\n')
         await answer.write_eof()
         return answer  # type: ignore[return-value]
     await asyncio.sleep(0)

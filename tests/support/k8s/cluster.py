@@ -125,6 +125,15 @@ class FakeCluster(Inventory):
         }
         pairs[which]().load_into(self._context)
 
+    @property
+    def connections(self) -> int:
+        """How many clients are connected to the API server."""
+        return self._listener.connections
+
+    def cut(self) -> None:
+        """Break all connections; new ones are welcome."""
+        self._listener.cut()
+
     # Watches.
 
     @property
@@ -162,6 +171,14 @@ class FakeCluster(Inventory):
         for watch in self.api.watches:
             if plural in ("", watch.resource.plural):
                 watch.raw(line)
+
+    def hold_watches(self) -> None:
+        """Let all watches lag: what happens from now on is told at `release_watches`."""
+        self.api.gate.clear()
+
+    def release_watches(self) -> None:
+        """Tell what was held."""
+        self.api.gate.set()
 
     def silence(self, is_silent: bool = True) -> None:
         """Let open watches miss what happens, as a connection that died unnoticed does."""

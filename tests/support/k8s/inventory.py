@@ -77,9 +77,15 @@ class Inventory:
             self.last_seen[body["metadata"]["uid"]] = body
 
     def apply(self, *manifests: Body) -> None:
-        """Create or replace objects as manifests write them, RBAC above all."""
+        """
+        Create or replace objects as manifests write them, RBAC above all.
+
+        Kinds that are not served here, such as a DaemonSet, are passed over.
+        """
         kinds = {one.kind: one for one in self.catalogue}
         for body in manifests:
+            if body["kind"] not in kinds:
+                continue
             resource = kinds[body["kind"]]
             meta = body["metadata"]
             namespace = meta.get("namespace", "default") if resource.namespaced else ""

@@ -32,6 +32,11 @@ class Listener:
         """Whether it listens."""
         return self._runner is not None
 
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._server.connections) if self._server and self.is_up else 0
+
     async def start(self) -> None:
         """Listen."""
         if self._runner is not None:

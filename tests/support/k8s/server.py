@@ -99,6 +99,8 @@ class ApiServer:
         self.calls = Calls()
         self.faults = Faults()
         self.watches: set[Watch] = set()
+        self.gate = asyncio.Event()
+        self.gate.set()
         self.reviewing: Callable[[Body, Body], Any] = lambda spec, status: status
         """May change the status of a TokenReview: it gets the spec and what would be right."""
         self.gone_as_status = False
@@ -289,6 +291,7 @@ class ApiServer:
             is_partial=bool(form),
             bookmarks=asked.query.get("allowWatchBookmarks") in ("1", "true"),
             user=asked.user.name,
+            gate=self.gate,
         )
         answer = _Noted(
             headers={"Content-Type": "application/json", "Cache-Control": "no-cache"}

@@ -27,10 +27,12 @@ class Watch:
         is_partial: bool,
         bookmarks: bool,
         user: str,
+        gate: asyncio.Event,
     ) -> None:
         self.store = store
         self.resource = resource
         self.user = user
+        self._gate = gate
         self._sees = sees
         self._is_partial = is_partial
         self._bookmarks = bookmarks
@@ -115,9 +117,10 @@ class Watch:
         self._lines.put_nowait(dumped({"type": kind, "object": shown}))
 
     async def serve(self, request: web.BaseRequest, answer: web.StreamResponse) -> None:
-        """Write lines until something ends it."""
+        """Write lines, while the gate is open, until something ends it."""
         while True:
             line = await self._lines.get()
+            await self._gate.wait()
             if line is END:
                 await answer.write_eof()
                 return
