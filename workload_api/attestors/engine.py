@@ -111,7 +111,7 @@ class Engine:
         except httpcore.ProtocolError as error:
             raise EngineError(f"what serves {path} speaks no HTTP: {error}") from error
         if response.status == 404:
-            raise EngineError(f"the engine at {path} has none of this ID")
+            raise EngineError(f"the engine at {path} knows none of this ID")
         if response.status != 200:
             raise EngineError(f"the engine at {path} answered {response.status}")
         return _object(data)
