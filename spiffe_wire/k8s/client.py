@@ -70,18 +70,27 @@ class Client:
         self._version: object = None
         self._retired: list[httpcore.AsyncConnectionPool] = []
 
-    async def get(
-        self, path: str, params: Mapping[str, str] | None = None, *, metadata_only: bool = False
-    ) -> Any:
+    async def get(self, path: str, *, metadata_only: bool = False) -> Any:
         """
-        Return an object, or a page of a list, as JSON.
+        Return an object, as JSON.
 
         Raises:
             MissingError: there is no such object.
-            GoneError: a page was asked for too late.
             ClusterError: no answer, or another one.
         """
-        return await self._ask("GET", path, params, metadata_only=metadata_only)
+        return await self._ask("GET", path, accept=_accept("", metadata_only))
+
+    async def page(
+        self, path: str, params: Mapping[str, str] | None = None, *, metadata_only: bool = False
+    ) -> Any:
+        """
+        Return a page of a list, as JSON.
+
+        Raises:
+            GoneError: it was asked for too late.
+            ClusterError: no answer, or another one.
+        """
+        return await self._ask("GET", path, params, accept=_accept("List", metadata_only))
 
     async def post(self, path: str, body: Any) -> Any:
         """
@@ -90,7 +99,7 @@ class Client:
         Raises:
             ClusterError: no answer, or another one than that it was done.
         """
-        return await self._ask("POST", path, None, json.dumps(body).encode())
+        return await self._ask("POST", path, body=json.dumps(body).encode())
 
     @asynccontextmanager
     async def watch(
@@ -110,10 +119,11 @@ class Client:
             ClusterError: no answer, another one, or the connection failed.
         """
         timeout = {**self._timeouts(), "read": silence.total_seconds()}
-        accept = _METADATA.format(list="") if metadata_only else _WHOLE
         async with (
             self._translated(),
-            self._stream("GET", path, params, b"", accept, timeout) as response,
+            self._stream(
+                "GET", path, params, b"", _accept("", metadata_only), timeout
+            ) as response,
         ):
             if response.status != 200:
                 raise _refused(response.status, await _body(response))
@@ -131,12 +141,11 @@ class Client:
         self,
         method: str,
         path: str,
-        params: Mapping[str, str] | None,
-        body: bytes = b"",
+        params: Mapping[str, str] | None = None,
         *,
-        metadata_only: bool = False,
+        body: bytes = b"",
+        accept: str = _WHOLE,
     ) -> Any:
-        accept = _METADATA.format(list="List") if metadata_only else _WHOLE
         async with self._translated():
             async with self._stream(
                 method, path, params, body, accept, self._timeouts()
@@ -218,6 +227,11 @@ class Client:
                     f"{self._access.described}: {error}"
                 ) from error
             raise ClusterError(f"{where} cannot be reached: {error}") from error
+
+
+def _accept(form: str, metadata_only: bool) -> str:
+    # The form must be that of what is asked for, or the answer is 406: "List" for a page.
+    return _METADATA.format(list=form) if metadata_only else _WHOLE
 
 
 async def _body(response: httpcore.Response) -> bytes:

@@ -115,7 +115,7 @@ class Watch(Generic[_T]):
         found: list[_T] = []
         params = self._params(limit=str(PAGE))
         while True:
-            page = await self._client.get(
+            page = await self._client.page(
                 self._kind.path, params, metadata_only=self._kind.metadata_only
             )
             items = page.get("items") or []  # none is `null`, as Go writes it
