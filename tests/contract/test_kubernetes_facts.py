@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -438,6 +439,62 @@ async def test_a_grant_in_one_namespace(api: Api) -> None:
     assert (await api.ask("GET", "/api/v1/pods", token=token)).status == 403
     elsewhere = "/api/v1/namespaces/kube-system/pods"
     assert (await api.ask("GET", elsewhere, token=token)).status == 403
+
+
+# Kubelets.
+
+
+@asynccontextmanager
+async def a_kubelet(api: Api) -> AsyncIterator[Api]:
+    """A node's kubelet; with a pod there, if the cluster is ours."""
+    if api.cluster is not None:
+        api.cluster.pod(node="n1")
+    nodes = (await api.ask("GET", "/api/v1/nodes")).body["items"]
+    kubelet = await api.kubelet(nodes[0]["metadata"]["name"])
+    try:
+        yield kubelet
+    finally:
+        await kubelet.close()
+
+
+async def test_a_kubelet_and_nobody(api: Api) -> None:
+    """A kubelet knows nobody without a credential, nor with one for others: 401."""
+    await api.account()
+    other = (await api.ask_token("web", audiences=[AUDIENCE])).body["status"]["token"]
+    async with a_kubelet(api) as kubelet:
+        for token in ("", "garbage", other):
+            answer = await kubelet.ask("GET", "/pods", token=token)
+            assert (answer.status, answer.content.strip()) == (401, b"Unauthorized")
+
+
+async def test_a_kubelet_and_permission(api: Api) -> None:
+    """Without permission a kubelet says 403 and what lacks; with it, it lists its pods."""
+    token = await weak_token(api)
+    name, group = f"{api.namespace}-kubelet", "rbac.authorization.k8s.io"
+    path = f"/apis/{group}/v1"
+    rule = {"apiGroups": [""], "resources": ["nodes/proxy"], "verbs": ["get"]}
+    subject = {"kind": "ServiceAccount", "name": "weak", "namespace": api.namespace}
+    ref = {"apiGroup": group, "kind": "ClusterRole", "name": name}
+    async with a_kubelet(api) as kubelet:
+        refused = await kubelet.ask("GET", "/pods", token=token)
+        assert refused.status == 403
+        user = re.escape(f"system:serviceaccount:{api.namespace}:weak")
+        begin = rf"Forbidden \(user={user}, verb=get, resource=nodes, subresource"
+        assert re.match(begin, refused.content.decode())
+        meta = {"metadata": {"name": name}}
+        try:
+            await api.made(f"{path}/clusterroles", meta | {"rules": [rule]})
+            binding = meta | {"roleRef": ref, "subjects": [subject]}
+            await api.made(f"{path}/clusterrolebindings", binding)
+            answer = await kubelet.ask("GET", "/pods", token=token)
+            if api.is_real and answer.status == 403:  # it remembers that for half a minute
+                await api.pass_by(timedelta(seconds=31))
+                answer = await kubelet.ask("GET", "/pods", token=token)
+        finally:
+            for plural in ("clusterrolebindings", "clusterroles"):
+                await api.ask("DELETE", f"{path}/{plural}/{name}")
+    assert (answer.status, answer.body["kind"]) == (200, "PodList")
+    assert all("kind" not in one for one in answer.body["items"])
 
 
 # Reading objects.

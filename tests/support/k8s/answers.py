@@ -91,9 +91,7 @@ def failure(request: web.BaseRequest, fault: Fault) -> web.Response:
 async def broken_answer(request: web.BaseRequest, fault: Fault, is_watch: bool) -> web.Response:
     """A 200 whose body is garbage, endless, or cut off; ends with the connection."""
     if fault.kind == "garbage" and not is_watch:
-        return web.Response(
-            body=b"\x00\xff{not json\n", headers={"Content-Type": "application/json"}
-        )
+        return web.Response(body=fault.body, headers={"Content-Type": "application/json"})
     answer = web.StreamResponse(headers={"Content-Type": "application/json"})
     if is_watch:
         answer.enable_chunked_encoding()
@@ -104,7 +102,7 @@ async def broken_answer(request: web.BaseRequest, fault: Fault, is_watch: bool) 
         answer.content_length = 4096
     await answer.prepare(request)
     if fault.kind == "garbage":
-        await answer.write(b"\x00\xff{not json\n")
+        await answer.write(fault.body)
         await answer.write_eof()
         return answer  # type: ignore[return-value]
     await answer.write(begin)

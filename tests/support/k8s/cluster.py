@@ -48,8 +48,7 @@ class FakeCluster(Inventory):
         audiences: tuple[str, ...] | None = None,
         history: int = 20_000,
     ) -> None:
-        super().__init__(name, clock or WallClock(), version, history)
-        self.host = host
+        super().__init__(name, clock or WallClock(), version, history, host)
         self.tokens = TokenAuthority(
             self.store,
             self.clock,
@@ -278,7 +277,8 @@ class FakeCluster(Inventory):
         Start the kubelet of a node; it ends with the cluster.
 
         Its certificate is of the cluster's CA unless *ca* is another, and for the node's
-        name and address unless *names* are others.
+        name and address unless *names* are others.  (One that a real kubelet made for
+        itself has a CA of its own and the node's name alone.)
         """
         body = objects.copied(self.node(node))
         address = body["status"]["addresses"][0]["address"]

@@ -166,6 +166,19 @@ class Api:
         path = "/apis/authentication.k8s.io/v1/tokenreviews"
         return await self.ask("POST", path, {**kind, "spec": spec}, token=by)
 
+    async def kubelet(self, node: str) -> "Api":
+        """The kubelet of a node, asked without a look at its certificate."""
+        if self.cluster is not None and node not in self.cluster.kubelets:
+            await self.cluster.kubelet(node)
+        status = (await self.ask("GET", f"/api/v1/nodes/{node}")).body["status"]
+        port = status["daemonEndpoints"]["kubeletEndpoint"]["Port"]
+        kinds = {one["type"]: one["address"] for one in status["addresses"]}
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        url = f"https://{kinds['InternalIP']}:{port}"
+        return Api(url, context, context, "", self.namespace, self.cluster)
+
     async def pass_by(self, span: timedelta) -> None:
         """Let time go by: at once where the clock is ours."""
         if self.cluster is None:

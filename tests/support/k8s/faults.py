@@ -20,6 +20,7 @@ class Fault:
     code: int = 0
     retry_after: int | None = None
     size: int = 0
+    body: bytes = b""
     met: int = 0
     """How many requests it has hit."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -92,9 +93,11 @@ class Faults:
         """Break the connection instead of an answer."""
         return self._add("reset", times, match)
 
-    def garbage(self, times: int | None = None, **match: Any) -> Fault:
-        """Answer 200 with what is not JSON; a watch gets such a line."""
-        return self._add("garbage", times, match)
+    def garbage(
+        self, times: int | None = None, body: bytes = b"\x00\xff{not json\n", **match: Any
+    ) -> Fault:
+        """Answer 200 with what is not JSON, or with any *body*; a watch gets such a line."""
+        return self._add("garbage", times, match, body=body)
 
     def huge(self, size: int = 64 << 20, times: int | None = None, **match: Any) -> Fault:
         """Answer 200 with one string of *size* bytes; a watch gets such a line."""

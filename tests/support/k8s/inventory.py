@@ -57,8 +57,9 @@ class Pod:
 class Inventory:
     """What a cluster holds; a new one has its bootstrap roles and four namespaces."""
 
-    def __init__(self, name: str, clock: Clock, version: str, history: int) -> None:
+    def __init__(self, name: str, clock: Clock, version: str, history: int, host: str) -> None:
         self.name = name
+        self.host = host
         self.clock = clock
         self.version = version
         self.ca = ClusterCa(f"{name}-ca")
@@ -175,14 +176,16 @@ class Inventory:
         name: str = "n1",
         *,
         uid: str = "",
-        address: str = "127.0.0.1",
+        address: str = "",
         labels: Mapping[str, str] | None = None,
     ) -> Body:
-        """A node that is ready; one that exists is returned."""
+        """A node that is ready, at the cluster's address; one that exists is returned."""
         existing = self.store.get(admission.key_of(NODES, "", name))
         if existing is not None:
             return existing
-        body = objects.node(name, uid or objects.a_uid(), address, labels or {}, self.version)
+        body = objects.node(
+            name, uid or objects.a_uid(), address or self.host, labels or {}, self.version
+        )
         return self.create(NODES, "", body)
 
     def delete(self, plural: str, name: str, namespace: str = "") -> None:

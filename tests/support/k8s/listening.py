@@ -42,7 +42,12 @@ class Listener:
         if self._runner is not None:
             return
         self._server = web.Server(
-            self._handler, access_log=None, handler_cancellation=True, keepalive_timeout=300
+            self._handler,
+            access_log=None,
+            handler_cancellation=True,
+            keepalive_timeout=300,
+            max_line_size=1 << 20,  # as Go's server: tokens and selectors may be long
+            max_field_size=1 << 20,
         )
         self._runner = web.ServerRunner(self._server)
         await self._runner.setup()

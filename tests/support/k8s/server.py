@@ -55,6 +55,7 @@ from tests.support.k8s.watching import Watch
 
 _VERBS = {"GET": "get", "HEAD": "get", "POST": "create", "PUT": "update", "PATCH": "patch",
           "DELETE": "delete"}  # fmt: skip
+MAX_BODY_BYTES = 1 << 20  # a real server reads three times as much
 SECRET_TYPE = "kubernetes.io/service-account-token"
 _TOKEN_REQUEST = ("serviceaccounts", "token", "create")
 MERGE_PATCHES = ("application/merge-patch+json", "application/strategic-merge-patch+json")
@@ -133,6 +134,10 @@ class ApiServer:
         except PageNotFound:
             answer = text_answer("404 page not found\n", 404)
         except ApiError as error:
+            answer = error_answer(request, error)
+        except web.HTTPRequestEntityTooLarge:
+            message = f"Request entity too large: limit is {MAX_BODY_BYTES}"
+            error = ApiError(413, "RequestEntityTooLarge", message)
             answer = error_answer(request, error)
         except asyncio.CancelledError:
             self.calls.add(call)

@@ -152,6 +152,8 @@ async def test_a_broken_answer(cluster: FakeCluster, client: Client, kind: str) 
 
 async def test_garbage(cluster: FakeCluster, client: Client) -> None:
     """Garbage is a 200 that is not JSON."""
+    with cluster.faults.garbage(body=b"[" * 100):
+        assert (await client.get("/api/v1/pods")).content == b"[" * 100
     with cluster.faults.garbage():
         answer = await client.get("/api/v1/pods")
     assert answer.status == 200
@@ -548,6 +550,37 @@ async def test_tokens_of_later_versions() -> None:
             "authentication.kubernetes.io/pod-name": [pod.name],
             "authentication.kubernetes.io/pod-uid": [pod.uid],
         }
+
+
+async def test_a_review_may_say_anything(cluster: FakeCluster) -> None:
+    """A test may change what a review answers, such as leave the audiences out."""
+    token = cluster.projected_token(cluster.pod())
+    cluster.api.reviewing = lambda spec, status: {**status, "audiences": spec["audiences"][:0]}
+    pair = cluster.client_certificate("root", "system:masters")
+    spec = {"token": token, "audiences": ["spire-server"]}
+    async with a_client(cluster, pair) as client:
+        answer = await client.pool.request(
+            "POST",
+            f"{cluster.url}/apis/authentication.k8s.io/v1/tokenreviews",
+            headers={"Content-Type": "application/json"},
+            content=json.dumps({"spec": spec}).encode(),
+        )
+    status = json.loads(answer.content)["status"]
+    assert (status["authenticated"], status["audiences"]) == (True, [])
+
+
+async def test_a_body_that_is_too_large(cluster: FakeCluster) -> None:
+    """A request that is too large is refused as such, and on record."""
+    pair = cluster.client_certificate("root", "system:masters")
+    async with a_client(cluster, pair) as client:
+        answer = await client.pool.request(
+            "POST",
+            f"{cluster.url}/apis/authentication.k8s.io/v1/tokenreviews",
+            headers={"Content-Type": "application/json"},
+            content=b" " * (1 << 21),
+        )
+    assert answer.status == 413
+    assert cluster.calls.count(verb="create", status=413) == 1
 
 
 async def test_claims_may_be_wrong(cluster: FakeCluster) -> None:
