@@ -12,7 +12,7 @@ from spiffe_core.selector import Selector, SelectorSet
 from spiffe_wire.frontdoor.peer import PeerGoneError, UnixPeer
 from tests.support.children import a_child
 from workload_api.attestors.protocol import AttestationError, Finding, NotYetError
-from workload_api.attestors.registry import Attestation
+from workload_api.attestors.registry import LAST_LOOK, Attestation
 
 
 class Fake:
@@ -237,4 +237,58 @@ async def test_sec_35_what_does_not_arrive(patient: bool) -> None:
     waited = asyncio.get_running_loop().time() - started
     assert found.selectors == {Selector("good", "1")}
     assert found.partial == {"pod": "not listed yet"} and found.changed == (arrived,)
-    assert (waited >= SOON.total_seconds()) is patient
+    assert (waited >= SOON.total_seconds() * (1 - LAST_LOOK)) is patient
+
+
+async def test_sec_35_who_waited_in_vain_is_looked_at_once_more() -> None:
+    """SEC-35: what does not arrive leaves the others time to say what is so by then."""
+    arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    looks = 0
+
+    async def slow(_: UnixPeer) -> SelectorSet:
+        nonlocal looks
+        looks += 1
+        await asyncio.sleep(0.005)
+        return frozenset({Selector("slow", str(looks))})
+
+    attestation = Attestation(
+        [fails(NotYetError("not listed yet", arrived), "pod"), Fake(slow, "slow")],
+        timeout=timedelta(seconds=0.2),
+    )
+    with a_child() as child:
+        found = await attestation.attest(child.peer())
+    assert found.selectors == {Selector("slow", "2")}
+    assert found.partial == {"pod": "not listed yet"}
+
+
+async def test_sec_35_what_holds_so_far_counts_and_is_marked() -> None:
+    """SEC-35: an attestor that knows a part says so, and is asked again when there is more."""
+    arrived, changed = (asyncio.get_running_loop().create_future() for _ in range(2))
+    so_far = Finding(frozenset({Selector("pod", "1")}), changed, "its namespace is not known")
+    attestation = Attestation(
+        [fails(NotYetError("wait", arrived, so_far), "pod")], timeout=SOON
+    )
+    with a_child() as child:
+        found = await attestation.attest(child.peer(), patient=False)
+    assert found.selectors == so_far.selectors
+    assert found.partial == {"pod": "wait"}
+    assert found.changed == (arrived, changed)
+
+
+async def test_sec_35_a_finding_that_may_not_be_all_is_marked() -> None:
+    """SEC-35: selectors that may be outdated, or not all, count and are marked partial."""
+
+    class Stale:
+        type: ClassVar[str] = "pod"
+
+        async def attest(self, _: UnixPeer) -> Finding:
+            return Finding(frozenset({Selector("pod", "1")}), None, "not heard of for 9 s")
+
+        def close(self) -> None:
+            """Nothing is under way."""
+
+    attestation = Attestation([Stale()])
+    with a_child() as child:
+        found = await attestation.attest(child.peer())
+    assert found.selectors == {Selector("pod", "1")}
+    assert found.partial == {"pod": "not heard of for 9 s"}
