@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 PAGE: Final = 500
 FIRST_PAUSE: Final = timedelta(milliseconds=100)
 LONGEST_PAUSE: Final = timedelta(seconds=10)
+HURRIED_PAUSE: Final = timedelta(seconds=1)
+"""A server that fails is asked no more often, however many are in a hurry."""
 WATCH_SECONDS: Final = (240, 300)
 """How long one watch is asked for, at random: agents must not all come back at once."""
 SILENCE: Final = timedelta(seconds=WATCH_SECONDS[1] + 15)
@@ -75,6 +77,7 @@ class Watch(Generic[_T]):
         self._version = ""
         self._backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._said = ""
+        self._hurried = asyncio.Event()
         self.synced = asyncio.Event()
         """Set once the first list is in."""
         self.problem = "not asked yet"
@@ -109,7 +112,22 @@ class Watch(Generic[_T]):
                     cluster=self._cluster, exc_info=error,
                 )  # fmt: skip
                 self._out_of_step("the watch failed; the log says why")
-            await asyncio.sleep(self._backoff.next().total_seconds())
+            await self._pause()
+
+    def hurry(self) -> None:
+        """Somebody waits for what may have come: do not wait out a long pause."""
+        self._hurried.set()
+
+    async def _pause(self) -> None:
+        seconds = self._backoff.next().total_seconds()
+        least = min(seconds, HURRIED_PAUSE.total_seconds())
+        await asyncio.sleep(least)
+        try:
+            async with asyncio.timeout(seconds - least):
+                await self._hurried.wait()
+        except TimeoutError:
+            pass
+        self._hurried.clear()
 
     async def _list(self) -> None:
         found: list[_T] = []

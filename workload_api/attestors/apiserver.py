@@ -56,7 +56,9 @@ class ApiServerPods:
         return self._pods.away
 
     def want(self) -> None:
-        """What comes, comes by itself."""
+        """What comes, comes by itself; unless the API server was given up for a while."""
+        if self._pods.problem:
+            self._pods.hurry()
 
     async def run(self) -> None:
         """Keep the table in step until cancelled."""
