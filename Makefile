@@ -9,8 +9,8 @@ BOOT  := python3 tools/bootstrap.py
 JOBS  ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types imports unit bench again test-root test-docker \
-        wheel-test proto docs tables requirements audit clean
+.PHONY: help demo demo-pods test check format lint types imports unit bench again test-root \
+        test-docker wheel-test proto docs tables requirements audit clean
 
 help: ## Show this list
 	@echo "spiffe-issuer: workload identity from a fresh clone.  Start with: make demo"
@@ -20,6 +20,11 @@ help: ## Show this list
 demo: ## Server, agent, two workloads in mutual TLS, a refusal, a renewal (JSON=1 for programs)
 	@$(BOOT) run
 	@$(PY) -m demo $(if $(JSON),--json)
+
+demo-pods: ## The same with pods in real containers, and who tries to pass for one (root; JSON=1)
+	@$(BOOT) dev
+	@$(PY) tools/tiers.py docker
+	@$(PY) -m demo.pods $(if $(JSON),--json)
 
 test: ## The whole suite that needs pip alone (no root, no apt); JOBS=8 uses more cores
 	@$(BOOT) dev
@@ -60,6 +65,7 @@ test-root: ## PID reuse, other uids, namespaces (needs root; says what it leaves
 test-docker: ## Tests that need a container engine (says what it leaves out)
 	@$(BOOT) dev
 	@$(PY) tools/tiers.py docker
+	$(PY) -m pytest -q -rs -m docker tests
 
 wheel-test: ## Build the wheel, install it in an empty environment, run and migrate
 	@$(BOOT) dev

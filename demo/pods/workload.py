@@ -52,11 +52,13 @@ class Workload:
     def __init__(self, client: WorkloadClient) -> None:
         self.client = client
         self.context: X509Context | None = None
+        self.asked_at = 0.0
 
     async def watch(self) -> None:
         """Follow our identities; whenever the agent refuses us, say so once and ask again."""
         last = ""
         while True:
+            self.asked_at = time.monotonic()
             try:
                 async for context in self.client.watch_x509():
                     self.receive(context)
@@ -78,7 +80,8 @@ class Workload:
     def receive(self, context: X509Context) -> None:
         """Every message is the full state."""
         self.context = context
-        say("svids", received_at=time.monotonic(), svids=_svids(context))
+        now = time.monotonic()
+        say("svids", asked_at=self.asked_at, received_at=now, svids=_svids(context))
 
     def serve(self, expect: str) -> None:
         """Accept one TLS connection, and answer if the peer is *expect*."""

@@ -34,6 +34,11 @@ class Workload:
             "svids", lambda one: set(one["svids"]) == wanted, since=since
         )
 
+    async def gets(self, *paths: str) -> Event:
+        """Have it follow its identities, and wait until those are the ones of *paths*."""
+        await self.watch()
+        return await self.svids(*paths)
+
     async def denied(self, *, since: int = 0) -> Event:
         """Wait until its stream is ended with an error."""
         return await self.player.expect("denied", since=since)

@@ -312,17 +312,17 @@ def host_files() -> Iterator[Path]:
 
 def _image() -> bytes:
     """An image with places to mount on, and the links that stand beside ``/usr``."""
-    made: dict[str, str | None] = {"tmp": None, INSIDE.as_posix(): None}
+    made: dict[str, str | None] = {"tmp": None, str(INSIDE).strip("/"): None}
     for name in _LINKS:
         if Path("/", name).is_symlink():
             made[name] = os.readlink(f"/{name}")
     for folder in host_files():
         for one in (*reversed(folder.parents[:-1]), folder):
-            made[str(one)] = None
+            made[str(one).strip("/")] = None
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as tar:
         for name, target in made.items():
-            entry = tarfile.TarInfo(name.strip("/"))
+            entry = tarfile.TarInfo(name)
             entry.type = tarfile.DIRTYPE if target is None else tarfile.SYMTYPE
             entry.mode = 0o1777 if name == "tmp" else 0o755
             entry.linkname = target or ""
@@ -333,7 +333,8 @@ def _image() -> bytes:
 # What an engine leaves behind: cgroups
 
 
-def _hierarchies() -> list[Path]:
+def hierarchies() -> list[Path]:
+    """Where cgroups are, on any sort of machine."""
     with open("/proc/self/mounts") as mounts:
         lines = [line.split() for line in mounts]
     return [Path(line[1]) for line in lines if line[2] in ("cgroup", "cgroup2")]
@@ -342,7 +343,7 @@ def _hierarchies() -> list[Path]:
 def _standing(cgroups: Iterable[str]) -> set[Path]:
     """Those of *cgroups* that exist, in every hierarchy, and those above them."""
     found = set()
-    for hierarchy in _hierarchies():
+    for hierarchy in hierarchies():
         for cgroup in cgroups:
             path = hierarchy / cgroup.strip("/")
             found |= {

@@ -403,6 +403,13 @@ class AgentProcess:
         """A channel to its workload socket, as an async context manager."""
         return channel_to(self.workload_socket)
 
+    async def explain(self, pid: int) -> Any:
+        """What ``ExplainProcess`` says of a process."""
+        async with self.admin() as channel:
+            return await agentadmin_pb2_grpc.AgentAdminStub(channel).ExplainProcess(
+                agentadmin_pb2.ExplainProcessRequest(pid=pid)
+            )
+
     async def renew(self) -> int:
         """Have every SVID signed anew; return how many there were."""
         async with self.admin() as channel:
