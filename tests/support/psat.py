@@ -9,6 +9,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from issuer.config import Cluster
 from spiffe_wire.k8s.rbac import SERVER_RULES
 from tests.support.callers import Calls, Holder, Running, attest
@@ -93,3 +95,8 @@ async def stored(running: Running) -> tuple[int, int]:
     return await running.server.store.read(
         lambda repos: (repos.agents.count(), repos.issued.count())
     )
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    """Everything that was logged: text, fields and errors with what they were raised from."""
+    return caplog.text + "".join(repr(vars(record)) for record in caplog.records)
