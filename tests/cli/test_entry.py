@@ -163,12 +163,14 @@ async def test_spire_spelling(programs: Programs) -> None:
     assert pretty.out.endswith(" entries\n")
 
 
-async def test_a_group_of_nodes(programs: Programs) -> None:
-    """``--node`` makes the server the parent, without naming the trust domain."""
+@pytest.mark.parametrize("option", ["--node", "-node"])
+async def test_a_group_of_nodes(programs: Programs, option: str) -> None:
+    """``--node``, SPIRE's ``-node``, makes the server the parent without naming it."""
     answer = await programs.issuer(
-        "entry", "create", "--node", "--spiffe-id", "spiffe://example.org/nodes",
-        "--selector", "join_token:x", "-o", "json",
+        "entry", "create", option, "--spiffe-id", f"spiffe://example.org/nodes{option}",
+        "--selector", "k8s_psat:cluster:prod", "-o", "json",
     )  # fmt: skip
+    assert answer.code == DONE
     entry = answer.json["results"][0]["entry"]
     assert entry["parent_id"] == {"trust_domain": "example.org", "path": "/spire/server"}
 
