@@ -175,8 +175,8 @@ def _ids_of(state: Any) -> Iterator[str]:
     # One that has ended has its id under `state.terminated` as well; both are the same run.
     terminated = _map(_map(state, "state"), "terminated")
     for text in (_text(state, "containerID", ""), _text(terminated, "containerID", "")):
-        _, scheme, container_id = text.partition("://")
-        if scheme and container_id:
+        runtime, _, container_id = text.partition("://")
+        if runtime and container_id:
             yield container_id
 
 
