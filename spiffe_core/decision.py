@@ -145,6 +145,18 @@ def _near_miss(
     return NearMiss(entry, tuple(wanted), tuple(have), expired, unknown)
 
 
+_KEYED: Final = frozenset(
+    {
+        "pod-label", "ns-label", "label", "agent_node_label", "agent_pod_label",
+        "pod-owner", "pod-owner-uid",
+    }
+)  # fmt: skip
+"""Kinds that hold a key and a value: another label is not this one with another value."""
+
+
 def _kind(selector: Selector) -> tuple[str, str]:
     # unix:uid:1000 and unix:uid:1001 are of one kind; a value without a colon is its own.
-    return selector.type, selector.value.partition(":")[0]
+    name, _, rest = selector.value.partition(":")
+    if name in _KEYED:
+        name += ":" + rest.partition(":")[0]
+    return selector.type, name

@@ -76,6 +76,7 @@ ACCESS: Final[dict[str, frozenset[CallerKind]]] = {
     **_methods("spiffe_issuer.v1.AgentWatch", _AGENTS, "Watch"),
     **_methods("spiffe_issuer.v1.PodSvid", _AGENTS, "BatchNewX509SVID NewJWTSVID"),
     **_methods("spiffe_issuer.v1.Explain", _OPERATORS, "ExplainSelectors"),
+    **_methods("spiffe_issuer.v1.PodExplain", _OPERATORS, "ExplainPod"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What SPIRE lacks: the held watch stream and explanations; and gRPC health."""
+"""What SPIRE lacks: the held watch stream; and gRPC health."""
 
 import asyncio
 import logging
@@ -11,15 +11,13 @@ from ca.clock import Clock
 from issuer.api.callers import Caller, Callers, caller
 from issuer.services.hub import Hub, Waiter
 from issuer.services.watch import Difference, View
-from spiffe_core.decision import decide
 from spiffe_core.errors import MalformedError, SpiffeError, UnsupportedError
 from spiffe_wire.convert.bundle import bundle_to_wire
-from spiffe_wire.convert.entry import entry_to_wire, id_from_wire, selectors_from_wire
-from spiffe_wire.convert.explanation import explanation_of
+from spiffe_wire.convert.entry import entry_to_wire
 from spiffe_wire.frontdoor.peer import Peer, peer_of
 from spiffe_wire.logs import event
 from spiffe_wire.pb.grpc.health.v1 import health_pb2, health_pb2_grpc
-from spiffe_wire.pb.spiffe_issuer.v1 import explain_pb2_grpc, watch_pb2, watch_pb2_grpc
+from spiffe_wire.pb.spiffe_issuer.v1 import watch_pb2, watch_pb2_grpc
 
 _log = logging.getLogger(__name__)
 RECHECK_SECONDS: Final = 2.0
@@ -123,26 +121,6 @@ def _items(difference: Difference) -> Iterator[tuple[str, Any]]:
     yield from (("removed_entry_ids", one) for one in difference.removed)
     yield from (("bundles", bundle_to_wire(one)) for one in difference.bundles)
     yield from (("removed_trust_domains", one.name) for one in difference.removed_domains)
-
-
-@dataclass
-class ExplainServicer(explain_pb2_grpc.ExplainServicer):
-    """Says what a set of selectors would get, and why."""
-
-    hub: Hub
-    clock: Clock
-
-    async def ExplainSelectors(self, request: Any, context: Any) -> Any:
-        selectors = selectors_from_wire(request.selectors)
-        if not selectors:
-            raise MalformedError("name at least one selector, such as unix:uid:1000")
-        now = self.clock.now()
-        candidates = self.hub.index.entries()
-        if request.HasField("agent_id"):
-            candidates = self.hub.index.entries_of(id_from_wire(request.agent_id), now)
-        return explanation_of(
-            decide(selectors, [one for one in candidates if not one.is_node_alias], at=now)
-        )
 
 
 @dataclass

@@ -11,12 +11,14 @@ from issuer.api.agent import AgentServicer
 from issuer.api.bundle import BundleServicer
 from issuer.api.callers import Callers
 from issuer.api.entry import EntryServicer
-from issuer.api.ours import AgentWatchServicer, ExplainServicer, HealthServicer
+from issuer.api.explain import ExplainServicer, PodExplainServicer
+from issuer.api.ours import AgentWatchServicer, HealthServicer
 from issuer.api.podsvid import PodSvidServicer
 from issuer.api.svid import SvidServicer
 from issuer.services.agents import AgentService
 from issuer.services.bundles import BundleService
 from issuer.services.entries import EntryService
+from issuer.services.explain import PodExplainer
 from issuer.services.hub import Hub
 from issuer.services.ratelimit import RateLimit
 from issuer.services.svids import SvidService
@@ -24,6 +26,7 @@ from spiffe_wire.frontdoor.peer import Peer
 from spiffe_wire.pb.grpc.health.v1 import health_pb2_grpc
 from spiffe_wire.pb.spiffe_issuer.v1 import (
     explain_pb2_grpc,
+    podexplain_pb2_grpc,
     podsvid_pb2_grpc,
     watch_pb2_grpc,
 )
@@ -78,6 +81,10 @@ class Api:
         podsvid_pb2_grpc.add_PodSvidServicer_to_server(pod_svid, seen)
         explain = ExplainServicer(self.hub, self.clock)
         explain_pb2_grpc.add_ExplainServicer_to_server(explain, seen)
+        explainer = PodExplainer(self.hub, self.svids.pods.clusters, self.clock)
+        podexplain_pb2_grpc.add_PodExplainServicer_to_server(
+            PodExplainServicer(explainer), seen
+        )
         if local:
             health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self.is_ready), seen)
         check_complete(seen.methods)

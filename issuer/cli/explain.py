@@ -27,15 +27,24 @@ from spiffe_wire.pb.spiffe_issuer.v1 import (
     agentadmin_pb2_grpc,
     explain_pb2,
     explain_pb2_grpc,
+    podexplain_pb2,
+    podexplain_pb2_grpc,
 )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Explain a process or a set of selectors; exit 1 when there is no identity."""
-    if (arguments.pid is None) == (not arguments.selectors):
-        raise CommandError("give either --pid N or --selectors TYPE:VALUE…", USAGE)
-    if arguments.pid is not None and arguments.agent_id:
-        raise CommandError("--agent-id goes with --selectors: --pid asks the agent", USAGE)
+    """Explain a process, a pod or a set of selectors; exit 1 when there is no identity."""
+    given = (arguments.pid is not None, bool(arguments.selectors), bool(arguments.pod))
+    if sum(given) != 1:
+        raise CommandError(
+            "give one of --pid N, --pod NAMESPACE/NAME and --selectors TYPE:VALUE…", USAGE
+        )
+    if arguments.agent_id and not arguments.selectors:
+        raise CommandError("--agent-id goes with --selectors", USAGE)
+    if arguments.cluster and not arguments.pod:
+        raise CommandError("--cluster goes with --pod", USAGE)
+    if arguments.pod:
+        return _pod(arguments)
     if arguments.pid is not None:
         answer = call(arguments.agent_socket, lambda ch: _process(ch, arguments.pid), "agent")
     else:
@@ -50,6 +59,40 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show(message(answer), arguments.output)
     return DONE if answer.matched else REFUSED
+
+
+def _pod(arguments: argparse.Namespace) -> int:
+    namespace, slash, name = arguments.pod.partition("/")
+    if not (namespace and slash and name):
+        raise CommandError("--pod takes NAMESPACE/NAME, such as shop/web", USAGE)
+    request = podexplain_pb2.ExplainPodRequest(
+        cluster=arguments.cluster or "", namespace=namespace, name=name
+    )
+    answer = call(
+        arguments.socket,
+        lambda ch: podexplain_pb2_grpc.PodExplainStub(ch).ExplainPod(request),
+    )
+    if arguments.output == "text":
+        _print_pod(answer)
+    else:
+        show(message(answer), arguments.output)
+    found = any(one.explanation.matched for one in answer.containers)
+    return DONE if found else REFUSED
+
+
+def _print_pod(answer: Any) -> None:
+    where = f"on node {plain(answer.node_name)}" if answer.node_name else "on no node yet"
+    print(
+        f"pod {plain(answer.namespace)}/{plain(answer.name)} of cluster "
+        f"{plain(answer.cluster)}, uid {plain(answer.uid)}, {where}"
+    )
+    if answer.HasField("agent_id"):
+        print(f"agent {spiffe_id(answer.agent_id)}")
+    if answer.problem:
+        print(paint(YELLOW, f"known from before: {plain(answer.problem)}"))
+    for one in answer.containers:
+        print(f"\ncontainer {plain(one.name)}")
+        _print(one.explanation)
 
 
 async def _process(channel: Any, pid: int) -> Any:
@@ -95,6 +138,8 @@ def _print(answer: Any) -> None:
 def _why_not(answer: Any) -> str:
     if answer.reason == "not_synced":
         return "no identity: the agent has not heard from its server yet"
+    if answer.reason == "no_agent":
+        return "no identity: no agent is attested on the pod's node"
     if answer.reason == "no_entries":
         return "no identity: no entry is registered for this node"
     return f"no identity: none of {answer.considered} entries matches"

@@ -362,6 +362,14 @@ def _explain(one: argparse.ArgumentParser) -> None:
         "--selectors", nargs="+", metavar="TYPE:VALUE", help="what was attested of a process"
     )
     one.add_argument("--agent-id", metavar="ID", help="with --selectors: as this agent decides")
+    one.add_argument(
+        "--pod",
+        metavar="NS/NAME",
+        help="a pod, by its name or how that begins; asks the server",
+    )
+    one.add_argument(
+        "--cluster", metavar="NAME", help="with --pod: its cluster, where there are several"
+    )
     _agent_socket(one)
 
 

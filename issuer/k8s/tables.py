@@ -128,6 +128,18 @@ class PodTable:
         """Return the pods of the node of that name."""
         return self._by_node.get(name, {}).values()
 
+    def called(self, namespace: str, name: str) -> list[Pod]:
+        """
+        Return the pods that *name* may mean: the one of that name, or all that begin so.
+
+        Looks through every pod: for people, who ask now and then.
+        """
+        inside = [one.pod for one in self._pods.values() if one.pod.namespace == namespace]
+        exact = [one for one in inside if one.name == name]
+        return exact or sorted(
+            (one for one in inside if one.name.startswith(name)), key=lambda pod: pod.name
+        )
+
     def __len__(self) -> int:
         return len(self._pods)
 

@@ -101,7 +101,7 @@ class PodVerifier:
         wanted = frozenset(one.value for one in entry.selectors if one.type == TYPE)
         if not wanted:
             return ""
-        home = _node_of(agent)
+        home = home_of(agent)
         cluster = home.cluster if home else ""
         self._check_cluster(wanted, cluster)
         watch = self.clusters.get(cluster)
@@ -182,13 +182,15 @@ class PodVerifier:
 
 
 @dataclass(frozen=True, slots=True)
-class _Home:
+class Home:
+    """Where an agent runs, as its attestation proved it."""
+
     cluster: str
     node_uid: str
     node_name: str
 
 
-def _node_of(agent: AttestedAgent) -> _Home | None:
+def home_of(agent: AttestedAgent) -> Home | None:
     """Where the agent is, by what its attestation proved; never by what it says."""
     if agent.attestation_type != NODE_ATTESTOR:
         return None
@@ -197,14 +199,14 @@ def _node_of(agent: AttestedAgent) -> _Home | None:
         for one in agent.selectors
         if one.type == NODE_ATTESTOR and ":" in one.value
     )
-    return _Home(
+    return Home(
         found.get("cluster", ""),
         found.get("agent_node_uid", ""),
         found.get("agent_node_name", ""),
     )
 
 
-def _known_node(watch: "ClusterWatch", home: _Home, wanted: frozenset[str]) -> Meta:
+def _known_node(watch: "ClusterWatch", home: Home, wanted: frozenset[str]) -> Meta:
     if why := watch.unknown(wanted):
         raise PodNotReadyError(
             f"cluster {watch.name} is not known to the server yet: {why}",

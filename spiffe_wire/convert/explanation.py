@@ -47,6 +47,8 @@ def text_of(decision: Decision, reason: str) -> str:
     ]
     if reason == "not_synced":
         lines.append("the agent has not heard from the server yet")
+    elif reason == "no_agent":
+        lines.append("no agent is attested on the pod's node")
     elif reason == "no_entries":
         lines.append("no entry is registered for this node: `issuer entry create` adds one")
     elif not decision.matched:

@@ -364,3 +364,25 @@ def test_brute_force_agrees(
     for entry in left_out:
         lacks = len(entry.selectors - some(*have))
         assert all(len(miss.missing) <= lacks for miss in decision.near_misses)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "has", "said"),
+    [
+        (
+            "k8s:pod-label:role:a",
+            "k8s:pod-label:role:b",
+            "the process has k8s:pod-label:role:b",
+        ),
+        ("k8s:pod-label:role:a", "k8s:pod-label:app:b", "which the process does not have"),
+        ("docker:label:role:a", "docker:label:app:b", "which the process does not have"),
+        ("k8s:pod-image:x:1", "k8s:pod-image:y:1", "the process has k8s:pod-image:y:1"),
+    ],
+    ids=["value", "key", "docker", "image"],
+)
+def test_another_label_is_not_the_same_with_another_value(
+    wanted: str, has: str, said: str
+) -> None:
+    """A near miss compares labels of one key, and images whatever their names."""
+    (miss,) = decided([has], wanting(wanted)).near_misses
+    assert said in miss.difference
