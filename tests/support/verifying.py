@@ -99,7 +99,9 @@ class Verified:
         def known() -> bool:
             for pod in pods:
                 found = self.pods.clusters[pod.cluster.name].pods.get(pod.uid)  # type: ignore[attr-defined]
-                if found is None or dict(found.pod.labels) != pod.body["metadata"].get("labels", {}):
+                if found is None or dict(found.pod.labels) != pod.body["metadata"].get(
+                    "labels", {}
+                ):
                     return False
             return True
 
