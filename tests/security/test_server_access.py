@@ -90,6 +90,7 @@ TABLE = {
     "spiffe_issuer.v1.AgentWatch": {"Watch": "G"},
     "spiffe_issuer.v1.PodSvid": {"BatchNewX509SVID NewJWTSVID": "G"},
     "spiffe_issuer.v1.Explain": {"ExplainSelectors": "LA"},
+    "spiffe_issuer.v1.PodExplain": {"ExplainPod": "LA"},
 }
 ALLOWED = {
     f"/{service}/{name}": kinds
