@@ -439,6 +439,6 @@ def _engine_place(prefix: Segments, rest: Segments) -> _Place | None:
     found = name.fullmatch(rest[0])
     if found is not None:
         return _Place(_ref(found), rest[1:])
-    if _CONTAINER_LIKE.search(rest[0]) and not _pod_like(rest[0]):
+    if _CONTAINER_LIKE.search(rest[0]):
         raise CgroupError("the cgroup is named nearly, but not quite, as a container's is")
     return None

@@ -80,11 +80,10 @@ def _in_the_nodes_namespace() -> bool:
 def _root(controllers: bytes, path: bytes, trees: Sequence[Tree]) -> Segments | None:
     """Return the absolute path of the folder that paths of one hierarchy are relative to."""
     inside = tuple(one for one in path.split(b"/") if one)
-    if b".." in inside:
-        return None  # we were moved out of our own root: what lies between is not shown
     for tree in trees:
         folder = _hierarchy(controllers, tree)
         place = None if folder is None else _our_place(folder)
+        # Unless we were moved out of our own root: what lies between is not shown then.
         if place is not None and place[len(place) - len(inside) :] == inside:
             return place[: len(place) - len(inside)]
     return None

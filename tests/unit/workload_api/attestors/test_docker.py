@@ -19,7 +19,12 @@ from tests.support.door import on_uvloop
 from tests.support.engine import IMAGE_ID, FakeEngine, a_container, a_fake_engine
 from workload_api.attestors.cgroup import HOST, CgroupError, PrefixError
 from workload_api.attestors.docker import KEPT, DockerAttestor
-from workload_api.attestors.engine import MAX_ANSWER_BYTES, EngineError, running_container
+from workload_api.attestors.engine import (
+    MAX_ANSWER_BYTES,
+    TIMEOUT,
+    EngineError,
+    running_container,
+)
 from workload_api.attestors.protocol import AttestationError
 from workload_api.attestors.registry import Attestation
 from workload_api.attestors.unix import UnixAttestor
@@ -279,9 +284,11 @@ async def test_an_answer_as_long_as_is_allowed(engine: FakeEngine, peer: UnixPee
 async def test_an_engine_that_hangs(engine: FakeEngine, peer: UnixPeer) -> None:
     """An engine that does not answer in time costs its selectors, and nothing stays open."""
     engine.holds = "/containers/"
+    assert timedelta(seconds=2) == TIMEOUT
     with attesting(engine, timeout=timedelta(milliseconds=100)) as attestor:
-        with pytest.raises(AttestationError, match="did not answer in time"):
-            await attestor.attest(peer)
+        async with asyncio.timeout(1.5):
+            with pytest.raises(AttestationError, match="did not answer in time"):
+                await attestor.attest(peer)
         engine.release.set()
         assert await values(attestor, peer) == EVERYTHING  # asked anew: failures are not kept
 
@@ -337,8 +344,20 @@ async def test_sec_34_by_a_link(engine: FakeEngine, peer: UnixPeer) -> None:
     """SEC-34: /var/run is a link on most systems: the place that it leads to is checked."""
     link = engine.socket.with_name("link")
     link.symlink_to(engine.socket)
+    folder = engine.socket.with_name("run")
+    folder.symlink_to(engine.socket.parent)
+    for path in (link, folder / engine.socket.name, folder / "link"):
+        with attesting(path) as attestor:
+            assert await values(attestor, peer) == EVERYTHING
+    public = engine.socket.with_name("public")
+    public.mkdir()
+    public.chmod(0o777)
+    engine.socket.rename(public / "engine.sock")
+    link.unlink()
+    link.symlink_to(public / "engine.sock")
     with attesting(link) as attestor:
-        assert await values(attestor, peer) == EVERYTHING
+        with pytest.raises(AttestationError, match="writable by others"):
+            await attestor.attest(peer)
     loop = engine.socket.with_name("loop")
     loop.symlink_to(loop)
     with attesting(loop) as attestor:
