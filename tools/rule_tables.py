@@ -22,8 +22,6 @@ NOT_BUILT = {
     "WIT-SVIDs": "WAPI-47 to 55, IOP-03, IOP-21, IOP-22",
     "the bundle endpoint": "IOP-20",
     "downstream authorities": "SEC-23",
-    "Kubernetes": "SEC-33, SEC-34, SEC-53",
-    "attestors beside join tokens": "SEC-51, SEC-56",
     "delegated and broker APIs": "SEC-39",
     "taint by hand": "SEC-67",
     "several servers": "SEC-68, SEC-105",
