@@ -33,7 +33,7 @@ from tests.support.psat import (
     agent_pod,
     node_uid,
 )
-from tests.support.stack import AgentProcess, ServerProcess, a_folder
+from tests.support.stack import ROOT, AgentProcess, ServerProcess, a_folder
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 Code = grpc.StatusCode
