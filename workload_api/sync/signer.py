@@ -326,6 +326,8 @@ class Signer:
                 authority_id,
             )
             self.cache.svids[entry.id] = held
+            if asked.pod_uid:
+                self._pod_seen_at[entry.id] = self.monotonic()
             if self.now() < self._renewal_of(entry.id, held):
                 self._put_off.pop(entry.id, None)
             else:  # clocks that differ must not make us ask all the time
