@@ -1,5 +1,6 @@
 """Containers from ``/proc/<pid>/cgroup``: every shape that real machines write."""
 
+import itertools
 import os
 import random
 import re
@@ -281,6 +282,45 @@ def test_sec_33_any_bytes(text: bytes) -> None:
 def test_sec_33_any_paths_of_real_segments(text: bytes) -> None:
     """SEC-33: any mixture of real names is a container that stands in it, none, or refused."""
     check(text)
+
+
+PLAIN = r"(?:/(?:burstable|docker|libpod_parent|(?:system|user)\.slice|containerd\.service|x))*"
+# The grammar once more, on names instead of IDs, by another road than the parser's.
+ANCHORED = {
+    PODS: re.compile(
+        r"(?:/kubepods(?:/burstable)?/pod\{uid\}/\{id\}"
+        r"|/kubepods\.slice/(?:kubepods-burstable\.slice/kubepods-burstable-pod\{uid_\}\.slice"
+        r"|kubepods-pod\{uid_\}\.slice)/(?:crio|docker)-\{id\}\.scope"
+        r"|(?:/system\.slice/containerd\.service)?/kubepods-pod\{uid_\}\.slice:crio:\{id\})"
+        + PLAIN
+    ),
+    ENGINE: re.compile(
+        r"(?:/docker/(?:libpod-)?\{id\}|/system\.slice/docker-\{id\}\.scope"
+        r"|/libpod_parent(?:/\{id\})?/libpod-\{id\})" + PLAIN
+    ),
+}
+ALPHABET = (
+    *("kubepods", "kubepods.slice", "burstable", "kubepods-burstable.slice", "pod{uid}"),
+    *("kubepods-burstable-pod{uid_}.slice", "kubepods-pod{uid_}.slice", "crio-{id}.scope"),
+    *("kubepods-pod{uid_}.slice:crio:{id}", "system.slice", "containerd.service", "docker"),
+    *("{id}", "docker-{id}.scope", "libpod_parent", "libpod-{id}", "user.slice", "x"),
+)
+FILLED = {one: filled(one).encode() for one in ALPHABET}
+
+
+@pytest.mark.parametrize("first", ALPHABET, ids=range(len(ALPHABET)))
+def test_sec_33_every_path_of_four_names(first: str) -> None:
+    """SEC-33: of all 111,150 paths of up to four real names, those that are anchored count."""
+    for count in range(4):
+        for rest in itertools.product(ALPHABET, repeat=count):
+            path = "/" + "/".join((first, *rest))
+            text = b"0::/" + b"/".join(FILLED[one] for one in (first, *rest)) + b"\n"
+            for layout, anchored in ANCHORED.items():
+                try:
+                    found = container_of(text, layout) is not None
+                except CgroupError:
+                    found = False
+                assert found is (anchored.fullmatch(path) is not None), path
 
 
 def test_sec_33_damaged_shapes() -> None:
