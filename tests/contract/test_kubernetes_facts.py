@@ -222,22 +222,28 @@ async def test_a_token_whose_pod_is_deleted(api: Api) -> None:
 async def test_a_token_whose_pod_is_another(api: Api) -> None:
     """A pod that was made again under the same name is not the pod of the token."""
     await api.account()
-    token = await api.bound_token("web", await api.pod(account="web"), AUDIENCE)
+    pod = await api.pod(account="web")
+    token = await api.bound_token("web", pod, AUDIENCE)
     await api.ask("DELETE", f"{api.here}/pods/web-1", {"gracePeriodSeconds": 0})
     await api.pod(account="web")
     status = (await api.review(token, AUDIENCE)).body["status"]
     assert "authenticated" not in status
-    assert "oken has been invalidated" in status["error"]
+    uid = f"claim ({pod['metadata']['uid']})"
+    assert f"does not match {uid}" in status["error"]
 
 
 async def test_a_token_whose_account_is_deleted(api: Api) -> None:
-    """A token does not outlive its service account."""
+    """A token does not outlive its service account, not even with one of its name."""
     await api.account()
     token = (await api.ask_token("web", audiences=[AUDIENCE])).body["status"]["token"]
     await api.ask("DELETE", f"{api.here}/serviceaccounts/web")
     status = (await api.review(token, AUDIENCE)).body["status"]
     assert "authenticated" not in status
-    assert status["error"] != ""
+    assert 'serviceaccounts "web" not found' in status["error"]
+    account = await api.account()
+    status = (await api.review(token, AUDIENCE)).body["status"]
+    uid = account["metadata"]["uid"]
+    assert f"ServiceAccount UID ({uid}) does not match claim" in status["error"]
 
 
 async def test_a_legacy_token(api: Api) -> None:
@@ -330,7 +336,7 @@ async def test_the_clusters_keys(api: Api) -> None:
     assert about.headers["content-type"] == "application/json"
     assert about.body["jwks_uri"].endswith("/openid/v1/jwks")
     assert about.body["response_types_supported"] == ["id_token"]
-    keys = await api.ask("GET", "/openid/v1/jwks")
+    keys = await api.ask("GET", "/openid/v1/jwks", Accept="*/*")
     assert keys.headers["content-type"] == "application/jwk-set+json"
     header = jwt.get_unverified_header(token)
     assert set(header) == {"alg", "kid"}
@@ -570,6 +576,71 @@ async def test_selectors(api: Api, query: str, names: set[str]) -> None:
     assert {one["metadata"]["name"] for one in body["items"]} == names
 
 
+ODD = {
+    "version": ("GET", "{here}/pods?resourceVersion=abc", 500, "invalid syntax"),
+    "watch-version": ("GET", "{here}/pods?watch=1&resourceVersion=abc", 500, "invalid syntax"),
+    "limit": ("GET", "{here}/pods?limit=abc", 400, "invalid syntax"),
+    "continue": ("GET", "{here}/pods?continue=abc", 400, "continue key is not valid"),
+    "exactly": ("GET", "{here}/pods?resourceVersion=1&resourceVersionMatch=Exact", 410,
+                "The resourceVersion for the provided list is too old."),
+    "future": ("GET", "{here}/pods?resourceVersion=99999999", 504,
+               "Too large resource version: 99999999"),
+    "labels": ("GET", "{here}/pods?labelSelector=%3D%3D%3D", 400, "expected"),
+    "fields": ("GET", "{here}/pods?fieldSelector=foo", 400, "invalid selector: 'foo'"),
+    "patch-all": ("PATCH", "{here}/pods", 405, "does not allow this method"),
+    "put-all": ("PUT", "{here}/pods", 405, "does not allow this method"),
+    "post-one": ("POST", "{here}/pods/x", 405, "does not allow this method"),
+    "reviews": ("GET", "/apis/authentication.k8s.io/v1/tokenreviews", 405, "does not allow"),
+    "get-token": ("GET", "{here}/serviceaccounts/default/token", 405, "does not allow"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+async def test_odd_requests(api: Api, case: str) -> None:
+    """What makes no sense has its code and a Status that says why."""
+    method, path, status, message = ODD[case]
+    if api.cluster is not None:
+        api.cluster.compact()
+    body = {} if method != "GET" else None
+    answer = await api.ask(method, path.format(here=api.here), body)
+    assert (answer.status, answer.body["code"], answer.body["kind"]) == (
+        status,
+        status,
+        "Status",
+    )
+    assert message in answer.message
+
+
+ODD_BODIES: dict[str, tuple[Any, str, int, str]] = {
+    "text": (b"x", "text/plain", 415, "the body of the request was in an unknown format"),
+    "broken": (b"{x", "application/json", 400,
+               "the object provided is unrecognized (must be of type TokenReview)"),
+    "kind": ({"kind": "Pod", "apiVersion": "v1"}, "application/json", 400,
+             'Pod in version "v1" cannot be handled as a TokenReview'),
+    "api-version": ({"kind": "TokenReview", "apiVersion": "authentication.k8s.io/v1beta1"},
+                    "application/json", 400, "does not match the expected API version"),
+    "nothing": ({}, "application/json", 400, "token is required for TokenReview"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD_BODIES)
+async def test_odd_reviews(api: Api, case: str) -> None:
+    """A body that is no TokenReview is refused with its reason."""
+    body, kind, status, message = ODD_BODIES[case]
+    path = "/apis/authentication.k8s.io/v1/tokenreviews"
+    answer = await api.ask("POST", path, body, content_type=kind)
+    assert (answer.status, answer.body["code"]) == (status, status)
+    assert message in answer.message
+
+
+async def test_a_pod_without_a_name(api: Api) -> None:
+    """An object needs a name: 422."""
+    spec = {"containers": [{"name": "a", "image": "x"}]}
+    answer = await api.ask("POST", f"{api.here}/pods", {"metadata": {}, "spec": spec})
+    assert (answer.status, answer.body["reason"]) == (422, "Invalid")
+    assert answer.body["details"]["causes"][0]["field"] == "metadata.name"
+
+
 async def test_a_field_that_does_not_select(api: Api) -> None:
     """A field selector of another field is a bad request."""
     answer = await api.ask("GET", f"{api.here}/pods?fieldSelector=spec.hostname%3Dx")
@@ -646,8 +717,8 @@ async def test_health(api: Api, path: str) -> None:
 async def test_version(api: Api) -> None:
     """A server names its version, to anybody whom it knows."""
     body = (await api.ask("GET", "/version", token=await weak_token(api))).body
-    assert re.match(r"v1\.\d+\.\d+", body["gitVersion"])
-    assert body["major"] == "1"
+    assert re.match(r"v\d+\.\d+\.\d+", body["gitVersion"])
+    assert {"major", "minor", "platform"} <= set(body)
 
 
 async def test_the_clusters_own_uid(api: Api) -> None:
@@ -733,12 +804,30 @@ async def test_a_watch_from_a_version(api: Api) -> None:
         await api.patch(f"{api.here}/pods/a", {"metadata": {"labels": {"x": "y"}}})
         await api.pod("b")
         await api.ask("DELETE", f"{api.here}/pods/a", {"gracePeriodSeconds": 0})
-        found = await take(events, 3)
-    assert told(found) == [("MODIFIED", "a"), ("ADDED", "b"), ("DELETED", "a")]
+        found = await take(events, 4)
+    seen = [("MODIFIED", "a"), ("ADDED", "b"), ("MODIFIED", "a"), ("DELETED", "a")]
+    assert told(found) == seen
     versions = [int(one["object"]["metadata"]["resourceVersion"]) for one in found]
     assert versions == sorted(versions)
     assert versions[0] > int(since)
     assert all(one["object"]["kind"] == "Pod" for one in found)
+
+
+async def test_a_pod_is_seen_to_be_leaving(api: Api) -> None:
+    """Before a pod is gone it has a time of deletion, and has it still in the last event."""
+    await api.pod("a")
+    since = await version_of(api)
+    async with api.watch(f"{api.here}/pods?watch=1&resourceVersion={since}") as events:
+        answer = await api.ask("DELETE", f"{api.here}/pods/a")
+        leaving, gone = await take(events, 2)
+    assert answer.body["metadata"]["deletionTimestamp"]
+    for event in (leaving, gone):
+        meta = event["object"]["metadata"]
+        assert meta["deletionTimestamp"] == answer.body["metadata"]["deletionTimestamp"]
+        assert meta["deletionGracePeriodSeconds"] == 0  # no node has to end it
+    assert int(gone["object"]["metadata"]["resourceVersion"]) > int(
+        leaving["object"]["metadata"]["resourceVersion"]
+    )
 
 
 async def test_a_watch_sees_what_it_missed(api: Api) -> None:
@@ -747,7 +836,8 @@ async def test_a_watch_sees_what_it_missed(api: Api) -> None:
     await api.pod("a")
     await api.ask("DELETE", f"{api.here}/pods/a", {"gracePeriodSeconds": 0})
     async with api.watch(f"{api.here}/pods?watch=1&resourceVersion={since}") as events:
-        assert told(await take(events, 2)) == [("ADDED", "a"), ("DELETED", "a")]
+        seen = [("ADDED", "a"), ("MODIFIED", "a"), ("DELETED", "a")]
+        assert told(await take(events, 3)) == seen
 
 
 @pytest.mark.parametrize("version", ["", "&resourceVersion=0"], ids=["none", "zero"])

@@ -3,7 +3,7 @@
 import uuid
 from datetime import datetime, timedelta
 
-from tests.support.k8s.objects import instant
+from tests.support.k8s.objects import ended, instant
 from tests.support.k8s.resources import (
     CONFIG_MAPS,
     NAMESPACES,
@@ -17,8 +17,8 @@ from tests.support.k8s.status import (
     conflict,
     exists,
     forbidden,
-    invalid,
     not_found,
+    required,
 )
 from tests.support.k8s.store import Body, Key, Store
 
@@ -37,6 +37,8 @@ def stamped(resource: Resource, namespace: str, body: Body, now: datetime) -> Bo
         meta["namespace"] = namespace
     meta.setdefault("uid", str(uuid.uuid4()))
     meta.setdefault("creationTimestamp", instant(now))
+    if not meta.get("labels", True):
+        del meta["labels"]
     kinds = {"kind": resource.kind, "apiVersion": resource.api_version}
     return kinds | body | kinds | {"metadata": meta}
 
@@ -50,12 +52,7 @@ def created(
     Raises:
         ApiError: the name is taken, the namespace unknown, the account not there.
     """
-    for field, right in (("apiVersion", resource.api_version), ("kind", resource.kind)):
-        if body.get(field, right) != right:
-            raise bad_request(
-                f"the API version in the data ({body.get('apiVersion')}) does not match the "
-                f"expected API version ({resource.api_version})"
-            )
+    must_be(resource, body)
     own = (body.get("metadata") or {}).get("namespace", namespace)
     if resource.namespaced and own != namespace:
         raise bad_request(
@@ -65,9 +62,8 @@ def created(
     body = stamped(resource, namespace, body, now)
     name = body["metadata"].get("name", "")
     if not name:
-        raise invalid(
-            "", resource.kind, "", "metadata.name", "", "name or generateName is required"
-        )
+        why = "name or generateName is required"
+        raise required(resource.group, resource.kind, "", "metadata.name", why)
     if resource.namespaced and store.get(key_of(NAMESPACES, "", namespace)) is None:
         raise not_found("", "namespaces", namespace)
     key = key_of(resource, namespace, name)
@@ -76,11 +72,33 @@ def created(
     if resource is PODS:
         body = _pod(store, namespace, body)
     if resource is NAMESPACES:
-        body = {"spec": {"finalizers": ["kubernetes"]}, "status": {"phase": "Active"}} | body
+        body |= {"spec": {"finalizers": ["kubernetes"]}, "status": {"phase": "Active"}}
     kept = store.put(resource, key, body)
     if resource is NAMESPACES:
         _fill_namespace(store, name, now, ca)
     return kept
+
+
+def must_be(resource: Resource, body: Body) -> None:
+    """
+    Refuse an object of another kind or version; one that names neither is of the URL's.
+
+    Raises:
+        ApiError: 400.
+    """
+    version = body.get("apiVersion", resource.api_version)
+    kind = body.get("kind", resource.kind)
+    if version != resource.api_version and kind == resource.kind:
+        raise bad_request(
+            f"the API version in the data ({version}) does not match the expected API version "
+            f"({resource.api_version})"
+        )
+    if (version, kind) != (resource.api_version, resource.kind):
+        internal = f"{resource.group.partition('.')[0] or 'core'}.{resource.kind}"
+        raise bad_request(
+            f'{kind} in version "{version}" cannot be handled as a {resource.kind}: converting '
+            f"({version}.{kind}) to ({internal}): unknown conversion"
+        )
 
 
 def _fill_namespace(store: Store, name: str, now: datetime, ca: str) -> None:
@@ -161,22 +179,35 @@ def removed(
     *,
     graceful: bool = True,
 ) -> Body:
-    """Take an object out; a pod on a node is seen to be leaving first, a namespace too."""
+    """
+    Take an object out; return it as it was first seen to be leaving.
+
+    A pod on a node leaves in four steps, as a kubelet ends it: it is marked, its containers
+    end, it is marked again with no grace, it is gone.  Without grace, or without a node, the
+    first two fall out.  A namespace empties itself before it goes.
+    """
     meta = body["metadata"]
-    if graceful and (resource is NAMESPACES or body.get("spec", {}).get("nodeName")):
-        body = terminated(store, resource, body, now)
-    if resource is NAMESPACES:
+    key = key_of(resource, meta.get("namespace", ""), meta["name"])
+    leaving: Body | None = None
+    if resource is PODS:
+        grace = body["spec"].get("terminationGracePeriodSeconds", 30)
+        if graceful and grace and body["spec"].get("nodeName"):
+            leaving = terminated(store, resource, body, now, grace)
+            body = store.put(resource, key, ended(leaving, now))
+        last = terminated(store, resource, body, now, 0)
+        leaving = leaving or last
+    elif resource is NAMESPACES:
+        leaving = terminated(store, resource, body, now, 0)
         for kind in catalogue:
             if kind.namespaced:
                 for inner in store.objects(kind, meta["name"]):
                     removed(store, catalogue, kind, inner, now, graceful=False)
-    store.remove(resource, key_of(resource, meta.get("namespace", ""), meta["name"]))
-    return body
+    store.remove(resource, key)
+    return leaving or body
 
 
-def terminated(store: Store, resource: Resource, body: Body, now: datetime) -> Body:
-    """Mark an object as leaving, as a delete with grace does."""
-    grace = body.get("spec", {}).get("terminationGracePeriodSeconds", 0)
+def terminated(store: Store, resource: Resource, body: Body, now: datetime, grace: int) -> Body:
+    """Mark an object as leaving in *grace* seconds."""
     meta = body["metadata"] | {"deletionTimestamp": instant(now + timedelta(seconds=grace))}
     if resource is PODS:
         meta["deletionGracePeriodSeconds"] = grace

@@ -25,16 +25,20 @@ def wanted_form(request: web.BaseRequest) -> str:
         ApiError: 406, there is none.
     """
     header = request.headers.get("Accept", "") or "*/*"
+    is_readable = False
     for clause in header.split(","):
         media, *parameters = (part.strip() for part in clause.split(";"))
         given = dict(part.split("=", 1) for part in parameters if "=" in part)
         if media not in ("application/json", "application/*", "*/*"):
             continue
+        is_readable = True
         if "as" not in given:
             return ""
         known = (PARTIAL, f"{PARTIAL}List")
         if given["as"] in known and (given.get("g"), given.get("v")) == ("meta.k8s.io", "v1"):
             return given["as"]
+    if not is_readable:
+        raise not_acceptable()
     raise not_acceptable(
         "only the following media types are accepted: application/json, application/yaml, "
         "application/vnd.kubernetes.protobuf"
@@ -63,7 +67,8 @@ def json_answer(request: web.BaseRequest, body: Body, status: int = 200) -> web.
 
 def text_answer(text: str, status: int = 200, **headers: str) -> web.Response:
     """An answer in plain text."""
-    return web.Response(text=text, status=status, headers=headers)
+    plain = {"Cache-Control": "no-cache, private", "X-Content-Type-Options": "nosniff"}
+    return web.Response(text=text, status=status, headers=plain | headers)
 
 
 def error_answer(request: web.BaseRequest, error: ApiError) -> web.Response:

@@ -251,10 +251,12 @@ async def _opened(path: Path, cluster: FakeCluster | None) -> AsyncIterator[Api]
     )
     try:
         await api.made("/api/v1/namespaces", {"metadata": {"name": namespace}})
-        await _wait_for_account(api)
-        yield api
+        try:
+            await _wait_for_account(api)
+            yield api
+        finally:
+            await api.ask("DELETE", f"/api/v1/namespaces/{namespace}")
     finally:
-        await api.ask("DELETE", f"/api/v1/namespaces/{namespace}")
         await api.close()
 
 

@@ -332,10 +332,10 @@ class Inventory:
 
     def terminate_pod(self, pod: Pod) -> None:
         """Mark a pod as leaving: its containers run on until `delete_pod`."""
-        admission.terminated(self.store, PODS, self._change(pod), self.clock.now())
+        admission.terminated(self.store, PODS, self._change(pod), self.clock.now(), 30)
 
     def delete_pod(self, pod: Pod, *, graceful: bool = False) -> None:
-        """Delete a pod at once; *graceful* shows it as Terminating first."""
+        """Delete a pod at once; *graceful* as a kubelet does it, step by step."""
         self._remove(PODS, self._change(pod), graceful=graceful)
 
     def recreate_pod(self, pod: Pod) -> Pod:

@@ -29,14 +29,15 @@ def version_of(query: Mapping[str, str]) -> int | None:
     The `resourceVersion` of a request.
 
     Raises:
-        ApiError: 400, it is no number.
+        ApiError: 500, it is no number.
     """
     text = query.get("resourceVersion", "")
     if not text:
         return None
     if not text.isdecimal():
         why = f'strconv.ParseUint: parsing "{text}": invalid syntax'
-        raise bad_request(f'resourceVersion: Invalid value: "{text}": {why}')
+        message = f'resourceVersion: Invalid value: "{text}": {why}'
+        raise ApiError(500, "", message)  # as the real one says it
     return int(text)
 
 
@@ -47,7 +48,10 @@ def page_of(store: Store, query: Mapping[str, str]) -> Page:
     Raises:
         ApiError: 400, it cannot be read; 504, the version is yet to come.
     """
-    limit = int(query.get("limit") or 0)
+    size = query.get("limit") or "0"
+    if not size.isdecimal():
+        raise bad_request(f'strconv.ParseInt: parsing "{size}": invalid syntax')
+    limit = int(size)
     is_selective = bool(query.get("labelSelector") or query.get("fieldSelector"))
     if token := query.get("continue"):
         try:
@@ -55,7 +59,9 @@ def page_of(store: Store, query: Mapping[str, str]) -> Page:
             namespace, name = read["start"]
             return Page(int(read["rv"]), (namespace, name), limit, is_selective)
         except (ValueError, KeyError, TypeError) as error:
-            raise bad_request("continue key is not valid: it cannot be read") from error
+            raise bad_request(
+                "invalid continue token: continue key is not valid: it cannot be read"
+            ) from error
     wanted = version_of(query) or 0
     if wanted > store.version:
         message = f"Timeout: Too large resource version: {wanted}, current: {store.version}"
@@ -78,7 +84,7 @@ def bodies(store: Store, resource: Resource, page: Page) -> list[Body]:
     except ApiError as error:
         if page.after != ("", ""):
             raise gone(_CONTINUE_TOO_OLD) from error
-        raise
+        raise gone("The resourceVersion for the provided list is too old.") from error
 
 
 def listed(resource: Resource, selected: list[Body], page: Page, form: str) -> Body:

@@ -256,6 +256,16 @@ def stop_container(body: Body, name: str, code: int, now: datetime) -> None:
     settle(body)
 
 
+def ended(body: Body, now: datetime) -> Body:
+    """The pod with all its containers at an end."""
+    made = copied(body)
+    for kind in STATUSES.values():
+        for status in made["status"].get(kind, []):
+            if "running" in status["state"]:
+                stop_container(made, status["name"], 0, now)
+    return made
+
+
 def settle(body: Body) -> None:
     """The pod's phase and conditions as its containers are."""
     status = body["status"]

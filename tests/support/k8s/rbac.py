@@ -13,8 +13,9 @@ from tests.support.k8s.resources import (
 from tests.support.k8s.store import Body, Store
 from tests.support.k8s.users import AUTHENTICATED, MASTERS, User, account_name
 
-_DISCOVERY = ("/api", "/api/*", "/apis", "/apis/*", "/healthz", "/livez", "/openapi",
+DISCOVERY = ("/api", "/api/*", "/apis", "/apis/*", "/healthz", "/livez", "/openapi",
               "/openapi/*", "/readyz", "/version", "/version/")  # fmt: skip
+_PUBLIC = ["/healthz", "/livez", "/readyz", "/version", "/version/"]
 _KEYS = ("/.well-known/openid-configuration", "/openid/v1/jwks")
 
 
@@ -144,7 +145,8 @@ def bootstrap() -> list[tuple[Resource, Body]]:
     }
     roles = [
         _role("cluster-admin", everything, {"nonResourceURLs": ["*"], "verbs": ["*"]}),
-        _role("system:discovery", {"nonResourceURLs": list(_DISCOVERY), "verbs": ["get"]}),
+        _role("system:discovery", {"nonResourceURLs": list(DISCOVERY), "verbs": ["get"]}),
+        _role("system:public-info-viewer", {"nonResourceURLs": _PUBLIC, "verbs": ["get"]}),
         _role("system:auth-delegator", reviews),
         _role("system:kubelet-api-admin", kubelet),
         _role(
@@ -154,6 +156,7 @@ def bootstrap() -> list[tuple[Resource, Body]]:
     ]
     bindings = [
         _to_group("system:discovery", AUTHENTICATED),
+        _to_group("system:public-info-viewer", "system:unauthenticated"),
         _to_group("system:service-account-issuer-discovery", "system:serviceaccounts"),
     ]
     return [(CLUSTER_ROLES, role) for role in roles] + [

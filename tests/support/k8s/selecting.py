@@ -7,9 +7,12 @@ from typing import Any
 from tests.support.k8s.resources import Resource
 from tests.support.k8s.status import bad_request
 
-type_of_test = Callable[[dict[str, Any]], bool]
+Test = Callable[[dict[str, Any]], bool]
 
-_SET = re.compile(r"^(\S+)\s+(in|notin)\s*\(([^)]*)\)$")
+_NAME = r"([A-Za-z0-9](?:[-A-Za-z0-9_./]*[A-Za-z0-9])?)"
+_SET = re.compile(rf"^{_NAME}\s+(in|notin)\s*\(([^)]*)\)$")
+_EQUAL = re.compile(rf"^{_NAME}\s*(!=|==|=)\s*([-A-Za-z0-9_.]*)$")
+_HAS = re.compile(rf"^(!?)\s*{_NAME}$")
 
 
 def split_selector(text: str) -> list[str]:
@@ -17,7 +20,7 @@ def split_selector(text: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()]
 
 
-def labels_test(text: str) -> type_of_test:
+def labels_test(text: str) -> Test:
     """
     A label selector as a test of an object.
 
@@ -40,20 +43,20 @@ def _label_test(part: str) -> Callable[[dict[str, str]], bool]:
         if word == "in":
             return lambda labels: labels.get(key) in values
         return lambda labels: labels.get(key) not in values
-    if "!=" in part:
-        key, value = (side.strip() for side in part.split("!=", 1))
-        return lambda labels: labels.get(key) != value
-    if "=" in part:
-        key, value = (side.strip() for side in part.replace("==", "=").split("=", 1))
+    if found := _EQUAL.match(part):
+        key, sign, value = found.groups()
+        if sign == "!=":
+            return lambda labels: labels.get(key) != value
         return lambda labels: labels.get(key) == value
-    if not re.fullmatch(r"!?\s*[A-Za-z0-9]([-A-Za-z0-9_./]*[A-Za-z0-9])?", part):
-        raise bad_request(f"unable to parse requirement: found '{part}'")
-    if part.startswith("!"):
-        return lambda labels: part[1:].strip() not in labels
-    return lambda labels: part in labels
+    if found := _HAS.match(part):
+        key = found[2]
+        if found[1]:
+            return lambda labels: key not in labels
+        return lambda labels: key in labels
+    raise bad_request(f"found '{part}', expected: !, identifier, or 'end of string'")
 
 
-def fields_test(text: str, resource: Resource) -> type_of_test:
+def fields_test(text: str, resource: Resource) -> Test:
     """
     A field selector as a test of an object.
 
@@ -67,11 +70,7 @@ def fields_test(text: str, resource: Resource) -> type_of_test:
             raise bad_request(f"invalid selector: '{part}'; can't understand '{part}'")
         field, operator, value = match.groups()
         if field not in ("metadata.name", "metadata.namespace", *resource.fields):
-            where = f"{resource.group}/{resource.version}, Resource={resource.plural}"
-            raise bad_request(
-                f'Unable to find "{where}" that match label selector "", field selector '
-                f'"{text}": field label not supported: {field}'
-            )
+            raise bad_request(f"field label not supported: {field}")
         wanted.append((field.split("."), value, operator != "!="))
 
     def test(body: dict[str, Any]) -> bool:

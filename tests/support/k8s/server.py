@@ -46,11 +46,12 @@ from tests.support.k8s.status import (
     not_found,
     unauthorized,
     unsupported_media_type,
+    unsupported_patch,
 )
 from tests.support.k8s.store import Body, Store
 from tests.support.k8s.token_requests import requested
 from tests.support.k8s.tokens import Clock, TokenAuthority
-from tests.support.k8s.users import NOBODY, User, person
+from tests.support.k8s.users import ANONYMOUS, User, person
 from tests.support.k8s.watching import Watch
 
 _VERBS = {"GET": "get", "HEAD": "get", "POST": "create", "PUT": "update", "PATCH": "patch",
@@ -100,6 +101,8 @@ class ApiServer:
         self.calls = Calls()
         self.faults = Faults()
         self.watches: set[Watch] = set()
+        self.anonymous = False
+        """Let in who brings no credential, as `system:anonymous`."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.reviewing: Callable[[Body, Body], Any] = lambda spec, status: status
@@ -128,7 +131,7 @@ class ApiServer:
             target.name,
             request.path,
         )
-        asked = Asked(request, target, verb, user or NOBODY)
+        asked = Asked(request, target, verb, user or ANONYMOUS)
         try:
             answer = await self._answer(asked, call, is_known=user is not None)
         except PageNotFound:
@@ -151,10 +154,8 @@ class ApiServer:
         verb = _VERBS.get(request.method, request.method.lower())
         if not target.plural:
             return request.method.lower()
-        if verb == "get" and request.query.get("watch") in ("1", "true"):
-            return "watch"
         if verb == "get" and not target.name:
-            return "list"
+            return "watch" if request.query.get("watch") in ("1", "true") else "list"
         if verb == "delete" and not target.name:
             return "deletecollection"
         return verb
@@ -187,13 +188,15 @@ class ApiServer:
                 return web.Response(status=500)
             else:
                 return await broken_answer(request, fault, asked.verb == "watch")
-        if not is_known:
+        if not is_known and (not self.anonymous or "Authorization" in request.headers):
             raise unauthorized()
         self._authorise(asked)
         if not asked.target.plural:
             return self._page(asked)
         resource = self.catalogue.find(asked.target)
-        if asked.verb not in resource.verbs and not asked.target.subresource:
+        is_of_one = asked.verb in ("get", "update", "patch", "delete")
+        fits = asked.verb in ("list", "watch") or is_of_one == bool(asked.target.name)
+        if not asked.target.subresource and (asked.verb not in resource.verbs or not fits):
             raise not_allowed()
         if asked.verb == "watch":
             return await self._watch(asked, resource, call)
@@ -228,14 +231,16 @@ class ApiServer:
             return text_answer("ok", 200, **{"X-Content-Type-Options": "nosniff"})
         if path == "/openid/v1/jwks":
             answer = json_answer(asked.request, self.tokens.jwks())
-            answer.content_type = "application/jwk-set+json"
+            if asked.request.headers.get("Accept") != "application/json":
+                answer.content_type = "application/jwk-set+json"
         elif path == "/.well-known/openid-configuration":
             body = discovery.openid(self.tokens.issuer, self.base_url(), self.tokens.algorithm)
             answer = json_answer(asked.request, body)
         else:
             found = discovery.page(path, self.catalogue, self.version)
             if found is None:
-                raise PageNotFound()
+                paths = sorted(rbac.DISCOVERY)
+                return json_answer(asked.request, {"paths": paths}, 404)
             return json_answer(asked.request, found)
         answer.headers["Cache-Control"] = "public, max-age=3600"
         return answer
@@ -320,23 +325,26 @@ class ApiServer:
 
     # Writing.
 
-    async def _body(self, asked: Asked, *accepted: str) -> Body:
-        kinds = accepted or ("application/json",)
+    async def _body(self, asked: Asked, kind: str, *patches: str) -> Body:
+        kinds = patches or ("application/json",)
         if "Content-Type" in asked.request.headers and asked.request.content_type not in kinds:
-            raise unsupported_media_type(*kinds)
+            raise unsupported_patch() if patches else unsupported_media_type()
         try:
             read = json.loads(await asked.request.read())
         except ValueError as error:
             raise bad_request(
                 "the object provided is unrecognized (must be of type "
-                f"{asked.target.plural}): couldn't get version/kind; json parse error: {error}"
+                f"{kind}): couldn't get version/kind; json parse error: {error}"
             ) from error
         if not isinstance(read, dict):
-            raise bad_request("the object provided is no object")
+            raise bad_request(
+                f"the object provided is unrecognized (must be of type {kind}): couldn't get "
+                "version/kind; json parse error: it is no object"
+            )
         return read
 
     async def _create(self, asked: Asked, resource: Resource) -> web.Response:
-        body = await self._body(asked)
+        body = await self._body(asked, resource.kind)
         namespace = asked.target.namespace
         now = self.clock.now()
         if resource is SECRETS:
@@ -357,7 +365,7 @@ class ApiServer:
         return body | {"data": data}
 
     async def _update(self, asked: Asked, resource: Resource) -> web.Response:
-        body = await self._body(asked)
+        body = await self._body(asked, resource.kind)
         before = self._found(asked, resource)
         version = body["metadata"].get("resourceVersion")
         admission.must_be_current(resource, before, version)
@@ -371,7 +379,7 @@ class ApiServer:
         )
 
     async def _patch(self, asked: Asked, resource: Resource) -> web.Response:
-        change = await self._body(asked, *MERGE_PATCHES)
+        change = await self._body(asked, resource.kind, *MERGE_PATCHES)
         before = self._found(asked, resource)
         return json_answer(
             asked.request, self._keep(resource, admission.merged(resource, before, change))
@@ -394,8 +402,10 @@ class ApiServer:
                 f"UID in object meta: {meta['uid']}"
             )
             raise conflict(resource.group, resource.plural, meta["name"], why)
-        now = self.clock.now()
-        leaving = admission.removed(self.store, self.catalogue, resource, found, now)
+        graceful = options.get("gracePeriodSeconds") != 0
+        leaving = admission.removed(
+            self.store, self.catalogue, resource, found, self.clock.now(), graceful=graceful
+        )
         if resource in (PODS, NAMESPACES, SERVICE_ACCOUNTS):
             return json_answer(asked.request, leaving)
         details = {"name": meta["name"], "kind": resource.plural, "uid": meta["uid"]}
@@ -406,15 +416,8 @@ class ApiServer:
 
     async def _review(self, asked: Asked) -> web.Response:
         wanted_form(asked.request)
-        body = await self._body(asked)
-        kind = (
-            body.get("kind", "TokenReview"),
-            body.get("apiVersion", "authentication.k8s.io/v1"),
-        )
-        if kind != ("TokenReview", "authentication.k8s.io/v1"):
-            raise bad_request(
-                f"no kind {kind[0]!r} is registered for version {kind[1]!r}".replace("'", '"')
-            )
+        body = await self._body(asked, TOKEN_REVIEWS.kind)
+        admission.must_be(TOKEN_REVIEWS, body)
         spec = body.get("spec") or {}
         token = spec.get("token", "")
         if not token:
@@ -433,7 +436,7 @@ class ApiServer:
         target = asked.target
         if (target.plural, target.subresource, asked.verb) == _TOKEN_REQUEST:
             account = self._found(asked, SERVICE_ACCOUNTS)
-            body = await self._body(asked)
+            body = await self._body(asked, "TokenRequest")
             made = requested(self.store, self.tokens, self.clock.now(), account, body)
             return json_answer(asked.request, made, 201)
         if (target.plural, target.subresource, asked.verb) == ("pods", "status", "patch"):

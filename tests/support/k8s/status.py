@@ -95,8 +95,10 @@ def not_allowed() -> ApiError:
     return ApiError(405, "MethodNotAllowed", message, {})
 
 
-def not_acceptable(message: str) -> ApiError:
-    """The Accept header names nothing that can be had."""
+def not_acceptable(message: str = "") -> ApiError:
+    """The Accept header names nothing that can be had, or not of this object."""
+    if not message:
+        return ApiError(406, "NotAcceptable", "406: Not Acceptable", {})
     return ApiError(406, "NotAcceptable", message)
 
 
@@ -105,14 +107,26 @@ def gone(message: str) -> ApiError:
     return ApiError(410, "Expired", message)
 
 
-def unsupported_media_type(*accepted: str) -> ApiError:
+def unsupported_media_type() -> ApiError:
     """The body is in no form that is read."""
-    known = ", ".join(accepted)
     message = (
-        "the body of the request was in an unknown format - "
-        f"accepted media types include: {known}"
+        "the body of the request was in an unknown format - accepted media types include: "
+        "application/json, application/yaml, application/vnd.kubernetes.protobuf"
     )
     return ApiError(415, "UnsupportedMediaType", message)
+
+
+def unsupported_patch() -> ApiError:
+    """The patch is of no kind that is read."""
+    return ApiError(415, "UnsupportedMediaType", "415: Unsupported Media Type", {})
+
+
+def required(group: str, kind: str, name: str, field: str, why: str) -> ApiError:
+    """One field is missing."""
+    cause = f"Required value: {why}"
+    message = f"{qualified(group, kind)} {quoted(name)} is invalid: {field}: {cause}"
+    causes = [{"reason": "FieldValueRequired", "message": cause, "field": field}]
+    return ApiError(422, "Invalid", message, details_of(group, kind, name, causes=causes))
 
 
 def invalid(group: str, kind: str, name: str, field: str, value: Any, why: str) -> ApiError:

@@ -8,7 +8,6 @@ from tests.support.k8s.resources import PODS
 from tests.support.k8s.status import bad_request, conflict, invalid, not_found
 from tests.support.k8s.store import Body, Store
 from tests.support.k8s.tokens import TokenAuthority
-from tests.support.k8s.users import account_name
 
 LEAST_SECONDS = 600
 MOST_SECONDS = 1 << 32
@@ -23,7 +22,8 @@ def requested(
     Raises:
         ApiError: 422 for a life too short or too long; 404, 409 or 400 for the pod it names.
     """
-    spec = {"audiences": None, "expirationSeconds": None} | (body.get("spec") or {})
+    empty = {"audiences": None, "expirationSeconds": None, "boundObjectRef": None}
+    spec = empty | (body.get("spec") or {})
     seconds = 3600 if spec["expirationSeconds"] is None else spec["expirationSeconds"]
     for wrong, why in (
         (seconds < LEAST_SECONDS, "may not specify a duration less than 10 minutes"),
@@ -36,15 +36,10 @@ def requested(
     audiences = tuple(spec["audiences"] or tokens.audiences)
     lifetime = timedelta(seconds=seconds)
     claims = tokens.claims(account, pod=pod, audiences=audiences, lifetime=lifetime)
-    meta = account["metadata"]
     return {
         "kind": "TokenRequest",
         "apiVersion": "authentication.k8s.io/v1",
-        "metadata": {
-            "name": meta["name"],
-            "namespace": meta["namespace"],
-            "creationTimestamp": instant(now),
-        },
+        "metadata": {"creationTimestamp": None},
         "spec": spec | {"audiences": list(audiences), "expirationSeconds": seconds},
         "status": {
             "token": tokens.seal(claims),
@@ -57,8 +52,9 @@ def _bound_pod(store: Store, account: Body, ref: Body | None) -> Body | None:
     if ref is None:
         return None
     if ref.get("kind") != "Pod" or ref.get("apiVersion") != "v1":
-        what = f"{ref.get('apiVersion')}, Kind={ref.get('kind')}"
-        raise bad_request(f"cannot bind token for serviceaccount to object of type {what}")
+        group, _, version = ref.get("apiVersion", "").rpartition("/")
+        what = f"{group}/{version}, Kind={ref.get('kind')}"
+        raise bad_request(f"cannot bind token to object of type {what}")
     meta = account["metadata"]
     pod = store.get(key_of(PODS, meta["namespace"], ref["name"]))
     if pod is None:
@@ -69,11 +65,10 @@ def _bound_pod(store: Store, account: Body, ref: Body | None) -> Body | None:
             f"the UID in the bound object reference ({uid}) does not match the UID in "
             "record. The object might have been deleted and then recreated"
         )
-        raise conflict("", "pods", ref["name"], why)
+        raise conflict("", "Pod", ref["name"], why)
     if pod["spec"]["serviceAccountName"] != meta["name"]:
-        name = account_name(meta["namespace"], meta["name"])
         raise bad_request(
-            f'cannot bind token for serviceaccount "{name}" to pod running with '
+            f'cannot bind token for serviceaccount "{meta["name"]}" to pod running with '
             "different serviceaccount name."
         )
     return pod

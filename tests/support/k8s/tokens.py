@@ -109,7 +109,8 @@ class TokenAuthority:
     def seal(self, claims: Body, *, key: Any = None, **header: Any) -> str:
         """A token of any claims, signed by the cluster unless *key* is another."""
         head = {"alg": self.algorithm, "kid": self.key_id} | header
-        return sealed(head, claims, algorithm=self.algorithm, key=key or self._key)
+        parts = (json.dumps(part, separators=(",", ":")) for part in (head, claims))
+        return sealed(*parts, algorithm=self.algorithm, key=key or self._key)
 
     def claims(
         self,
@@ -254,10 +255,8 @@ class TokenAuthority:
             raise Refused(f'serviceaccounts "{name}" not found')
         if found["metadata"]["uid"] != account.get("uid"):
             raise Refused(
-                f"The service account UID ({found['metadata']['uid']}) does not match claim"
-                f" ({account.get('uid')})"
-                if self.release >= (1, 24)
-                else "Token has been invalidated"
+                f"ServiceAccount UID ({found['metadata']['uid']}) does not match claim "
+                f"({account.get('uid')})"
             )
         groups = (
             "system:serviceaccounts",
@@ -269,14 +268,16 @@ class TokenAuthority:
     def _must_live(self, resource: Resource, namespace: str, ref: Body, now: datetime) -> None:
         found = self._store.get((resource.group, resource.plural, namespace, ref["name"]))
         leaving = found and found["metadata"].get("deletionTimestamp")
-        gone = leaving and datetime.fromisoformat(leaving) < now - LEEWAY
-        if found is None or gone or found["metadata"]["uid"] != ref["uid"]:
+        if found is None or (leaving and datetime.fromisoformat(leaving) < now - LEEWAY):
             newer = self.release >= (1, 24)
             raise Refused(
                 "service account token has been invalidated"
                 if newer
                 else "Token has been invalidated"
             )
+        if found["metadata"]["uid"] != ref["uid"]:
+            uids = f"({found['metadata']['uid']}) does not match claim ({ref['uid']})"
+            raise Refused(f"{resource.kind} UID {uids}")
 
     def review(self, token: str, audiences: tuple[str, ...]) -> Body:
         """The `status` of a TokenReview."""

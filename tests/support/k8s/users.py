@@ -25,7 +25,7 @@ class User:
         return made
 
 
-NOBODY = User("")
+ANONYMOUS = User("system:anonymous", ("system:unauthenticated",))
 AUTHENTICATED = "system:authenticated"
 MASTERS = "system:masters"
 

@@ -258,11 +258,11 @@ async def test_held_watches(cluster: FakeCluster, client: Client) -> None:
         cluster.hold_watches()
         pod = cluster.pod()
         cluster.delete_pod(pod)
-        first = asyncio.create_task(take(events, 2))
+        first = asyncio.create_task(take(events, 3))
         assert await client.status() == 200
         assert not first.done()
         cluster.release_watches()
-        assert [one["type"] for one in await first] == ["ADDED", "DELETED"]
+        assert [one["type"] for one in await first] == ["ADDED", "MODIFIED", "DELETED"]
 
 
 async def test_a_silent_watch(cluster: FakeCluster, client: Client) -> None:
@@ -354,6 +354,19 @@ async def test_client_certificates(cluster: FakeCluster) -> None:
         async with a_client(cluster, cluster.client_certificate(user, *groups)) as client:
             assert await client.status() == status
     assert cluster.calls.of(user="jane", status=403)[0].grant == ("list", "", "pods")
+
+
+async def test_nobody(cluster: FakeCluster) -> None:
+    """With anonymous requests allowed, who brings nothing sees the version, and no pods."""
+    context = ssl.create_default_context(cadata=cluster.ca.pem.decode())
+    async with httpcore.AsyncConnectionPool(ssl_context=context) as pool:
+        client = Client(cluster, pool, {})
+        assert await client.status("/version") == 401
+        cluster.api.anonymous = True
+        assert await client.status("/version") == 200
+        answer = await client.get("/api/v1/pods")
+    message = json.loads(answer.content)["message"]
+    assert message.startswith('pods is forbidden: User "system:anonymous" cannot list')
 
 
 async def test_a_strangers_certificate(cluster: FakeCluster) -> None:
@@ -473,10 +486,14 @@ async def test_a_pod_leaves(cluster: FakeCluster, client: Client) -> None:
     version = cluster.store.version
     async with client.watch(f"&resourceVersion={version}") as events:
         cluster.delete_pod(pod, graceful=True)
-        leaving, gone = await take(events, 2)
-    assert leaving["type"] == "MODIFIED"
-    assert leaving["object"]["metadata"]["deletionGracePeriodSeconds"] == 30
-    assert gone["type"] == "DELETED"
+        found = await take(events, 4)
+    seen = [
+        (one["type"], one["object"]["metadata"]["deletionGracePeriodSeconds"]) for one in found
+    ]
+    assert seen == [("MODIFIED", 30), ("MODIFIED", 30), ("MODIFIED", 0), ("DELETED", 0)]
+    [runs], [ended] = (one["object"]["status"]["containerStatuses"] for one in found[:2])
+    assert "running" in runs["state"]
+    assert ended["state"]["terminated"]["containerID"] == runs["containerID"]
 
 
 async def test_a_pod_made_anew(cluster: FakeCluster) -> None:
