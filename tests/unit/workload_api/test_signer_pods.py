@@ -172,6 +172,16 @@ class Place:
         asked, self.signing.asked[:] = list(self.signing.asked), []
         return sorted(asked)
 
+    def restart(self) -> None:
+        """Another signer takes over the cache, as after a restart."""
+        self.signer = Signer(
+            self.cache,
+            self.calls,
+            self.clock.now,
+            KeyKind.EC_P256,
+            monotonic=self.signer.monotonic,
+        )
+
     async def pass_by(self, seconds: float) -> None:
         """Time goes by, and the signer looks."""
         self.elapsed += seconds
@@ -290,6 +300,7 @@ async def test_what_an_earlier_life_left_is_kept_until_it_ends() -> None:
         place.pods.put(WEB, "u1")
         await place.signer.sign_due()
         place.pods.put(WEB, "")
+        place.restart()
         for _ in range(20):
             await place.pass_by(SWEEP_SECONDS + 1)
         assert place.cache.svids.keys() == {"web"}
