@@ -200,7 +200,7 @@ class Client:
             )
             if self._pool is not None:
                 self._retired.append(self._pool)  # streams of it go on until they end
-            for pool in [one for one in self._retired if not one.connections]:
+            for pool in [one for one in self._retired if _is_unused(one)]:
                 self._retired.remove(pool)
                 await pool.aclose()
             self._pool, self._version = made, version
@@ -227,6 +227,10 @@ class Client:
                     f"{self._access.described}: {error}"
                 ) from error
             raise ClusterError(f"{where} cannot be reached: {error}") from error
+
+
+def _is_unused(pool: httpcore.AsyncConnectionPool) -> bool:
+    return all(one.is_idle() or one.is_closed() for one in pool.connections)
 
 
 def _accept(form: str, metadata_only: bool) -> str:

@@ -218,7 +218,10 @@ class _Kubeconfig:
         )
 
     def _named(self, kind: str, name: Any, inner: str) -> Mapping[str, Any]:
-        for one in self._tree.get(kind) or ():
+        listed = self._tree.get(kind) or []
+        if not isinstance(listed, list):
+            raise MalformedError(f"{kind} is not a list")
+        for one in listed:
             if isinstance(one, dict) and one.get("name") == name:
                 return _dict(one.get(inner) or {}, f"{inner} {name}")
         raise MalformedError(f"it has no {inner} of the name {name}")
