@@ -175,7 +175,8 @@ class PodVerifier:
                 topic=topic,
                 detail=f"it is {pod.namespace}/{pod.name}",
                 is_violation=(
-                    time.monotonic() - known.changed_at > self.settled
+                    not watch.problem
+                    and time.monotonic() - known.changed_at > self.settled
                     and not any(one.startswith("ns-label:") for one in lacking)  # no pod's own
                 ),
             )

@@ -393,6 +393,11 @@ async def test_what_is_known_is_good_while_the_api_server_is_away(tmp_path: Path
         await cluster.settled(count=2 * WATCHES)
         await cluster.stop()
         await eventually(lambda: ever.clusters["prod"].problem)
+        with pytest.raises(PodRefusedError) as caught:  # it may be another pod by now
+            replace(ever, settled=0.0).check(
+                an_agent_of(cluster), an_entry_for("k8s:ns:bill"), world.pods["web"].uid
+            )
+        assert not caught.value.is_violation
         assert world.why(*RIGHT, verifier=bounded) == ""
         await eventually(lambda: world.why(*RIGHT, verifier=bounded) == "stale")
         assert world.why(*RIGHT) == ""
