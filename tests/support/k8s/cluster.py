@@ -93,6 +93,10 @@ class FakeCluster(Inventory):
         """Break all connections; from now on they are refused.  Objects stay."""
         await self._listener.stop()
 
+    async def deafen(self) -> None:
+        """Break all connections; new ones get no TLS handshake until `start` or `stop`."""
+        await self._listener.deafen()
+
     @property
     def port(self) -> int:
         """The port, the same from the beginning to the end."""

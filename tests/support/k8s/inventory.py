@@ -205,6 +205,13 @@ class Inventory:
         }
         return self.create(resource, namespace, before | {"metadata": meta})
 
+    def heartbeat(self, name: str = "n1") -> None:
+        """A node's status is renewed, as its kubelet does it every few minutes."""
+        body = objects.copied(self.find("nodes", name))
+        for condition in body["status"]["conditions"]:
+            condition["lastHeartbeatTime"] = objects.instant(self.clock.now())
+        self.store.put(NODES, admission.key_of(NODES, "", name), body)
+
     # Pods.
 
     def pod(

@@ -24,6 +24,7 @@ class Listener:
         self.host = host
         self._holder = _bound(host, 0)
         self.port: int = self._holder.getsockname()[1]
+        self._deaf: socket.socket | None = None
         self._runner: web.ServerRunner | None = None
         self._server: web.Server | None = None
 
@@ -41,6 +42,7 @@ class Listener:
         """Listen."""
         if self._runner is not None:
             return
+        self._hear_again()
         self._server = web.Server(
             self._handler,
             access_log=None,
@@ -57,6 +59,7 @@ class Listener:
 
     async def stop(self) -> None:
         """Break all connections and refuse new ones."""
+        self._hear_again()
         if self._runner is None:
             return
         runner, self._runner = self._runner, None
@@ -66,6 +69,17 @@ class Listener:
         await asyncio.sleep(0)
         await runner.shutdown()
         await runner.cleanup()
+
+    async def deafen(self) -> None:
+        """Break all connections; new ones come up, and nobody ever says a word on them."""
+        await self.stop()
+        self._deaf = _bound(self.host, self.port)
+        self._deaf.listen(128)
+
+    def _hear_again(self) -> None:
+        if self._deaf is not None:
+            self._deaf.close()
+            self._deaf = None
 
     def cut(self) -> None:
         """Break all connections; new ones are welcome."""

@@ -138,6 +138,11 @@ def bootstrap() -> list[tuple[Resource, Body]]:
         "resources": ["tokenreviews"],
         "verbs": ["create"],
     }
+    about_oneself = {
+        "apiGroups": ["authorization.k8s.io"],
+        "resources": ["selfsubjectaccessreviews", "selfsubjectrulesreviews"],
+        "verbs": ["create"],
+    }
     kubelet = {
         "apiGroups": [""],
         "resources": [f"nodes/{one}" for one in ("proxy", "stats", "log", "spec", "metrics")],
@@ -147,6 +152,7 @@ def bootstrap() -> list[tuple[Resource, Body]]:
         _role("cluster-admin", everything, {"nonResourceURLs": ["*"], "verbs": ["*"]}),
         _role("system:discovery", {"nonResourceURLs": list(DISCOVERY), "verbs": ["get"]}),
         _role("system:public-info-viewer", {"nonResourceURLs": _PUBLIC, "verbs": ["get"]}),
+        _role("system:basic-user", about_oneself),
         _role("system:auth-delegator", reviews),
         _role("system:kubelet-api-admin", kubelet),
         _role(
@@ -156,6 +162,7 @@ def bootstrap() -> list[tuple[Resource, Body]]:
     ]
     bindings = [
         _to_group("system:discovery", AUTHENTICATED),
+        _to_group("system:basic-user", AUTHENTICATED),
         _to_group("system:public-info-viewer", "system:unauthenticated"),
         _to_group("system:service-account-issuer-discovery", "system:serviceaccounts"),
     ]

@@ -48,6 +48,13 @@ SECRETS = Resource("secrets", "Secret", fields=("type",))
 TOKEN_REVIEWS = Resource(
     "tokenreviews", "TokenReview", False, "authentication.k8s.io", verbs=("create",)
 )
+ACCESS_REVIEWS = Resource(
+    "selfsubjectaccessreviews",
+    "SelfSubjectAccessReview",
+    False,
+    "authorization.k8s.io",
+    verbs=("create",),
+)
 RBAC_GROUP = "rbac.authorization.k8s.io"
 CLUSTER_ROLES = Resource("clusterroles", "ClusterRole", False, RBAC_GROUP)
 CLUSTER_ROLE_BINDINGS = Resource("clusterrolebindings", "ClusterRoleBinding", False, RBAC_GROUP)
@@ -62,6 +69,7 @@ BUILTIN = (
     CONFIG_MAPS,
     SECRETS,
     TOKEN_REVIEWS,
+    ACCESS_REVIEWS,
     CLUSTER_ROLES,
     CLUSTER_ROLE_BINDINGS,
     ROLES,

@@ -24,6 +24,7 @@ from tests.support.k8s.answers import (
 from tests.support.k8s.calls import Call, Calls
 from tests.support.k8s.faults import Faults
 from tests.support.k8s.resources import (
+    ACCESS_REVIEWS,
     NAMESPACES,
     PODS,
     SECRETS,
@@ -204,6 +205,8 @@ class ApiServer:
             return await self._subresource(asked)
         if resource is TOKEN_REVIEWS:
             return await self._review(asked)
+        if resource is ACCESS_REVIEWS:
+            return await self._own_access(asked)
         return await getattr(self, f"_{asked.verb}")(asked, resource)
 
     def _authorise(self, asked: Asked) -> None:
@@ -429,6 +432,23 @@ class ApiServer:
             "metadata": {"creationTimestamp": None} | (body.get("metadata") or {}),
             "spec": spec,
             "status": self.reviewing(spec, status),
+        }
+        return json_answer(asked.request, made, 201)
+
+    async def _own_access(self, asked: Asked) -> web.Response:
+        body = await self._body(asked, ACCESS_REVIEWS.kind)
+        admission.must_be(ACCESS_REVIEWS, body)
+        spec = body.get("spec") or {}
+        wanted = spec.get("resourceAttributes") or {}
+        names = ("verb", "group", "resource", "subresource", "namespace", "name")
+        what = rbac.Attributes(asked.user, *(wanted.get(one, "") for one in names))
+        allowed, _ = rbac.allows(self.store, what)
+        made = {
+            "kind": ACCESS_REVIEWS.kind,
+            "apiVersion": f"{ACCESS_REVIEWS.group}/v1",
+            "metadata": {"creationTimestamp": None},
+            "spec": spec,
+            "status": {"allowed": allowed},
         }
         return json_answer(asked.request, made, 201)
 

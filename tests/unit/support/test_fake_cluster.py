@@ -207,6 +207,37 @@ async def test_stopped_and_started(cluster: FakeCluster, client: Client) -> None
     assert [one["metadata"]["labels"] for one in body["items"]] == [{"a": "b"}]
 
 
+async def test_a_stop_does_not_wait(cluster: FakeCluster, client: Client) -> None:
+    """A server that stops breaks off what hangs in it, at once."""
+    fault = cluster.faults.hang()
+    asking = asyncio.create_task(client.status())
+    await fault.hit.wait()
+    async with asyncio.timeout(5):
+        await cluster.stop()
+        with pytest.raises((httpcore.RemoteProtocolError, httpcore.ReadError)):
+            await asking
+
+
+async def test_a_deaf_server(cluster: FakeCluster, client: Client) -> None:
+    """A deaf server takes connections and says nothing; it hears again when started."""
+    await cluster.deafen()
+    limits = {"timeout": {"connect": 0.1}}
+    with pytest.raises(httpcore.ConnectTimeout):
+        await client.pool.request("GET", cluster.url, extensions=limits)
+    await cluster.start()
+    assert await client.status() == 200
+
+
+async def test_a_heartbeat(cluster: FakeCluster) -> None:
+    """A node is renewed, and is the same node."""
+    before = cluster.node("n1")
+    cluster.heartbeat("n1")
+    after = cluster.find("nodes", "n1")
+    assert after["metadata"]["uid"] == before["metadata"]["uid"]
+    assert after["metadata"]["resourceVersion"] != before["metadata"]["resourceVersion"]
+    assert after["spec"] == before["spec"]
+
+
 async def test_a_stop_breaks_watches(cluster: FakeCluster, client: Client) -> None:
     """A watch does not outlive the server."""
     with pytest.raises((httpcore.RemoteProtocolError, httpcore.ReadError)):
