@@ -255,12 +255,14 @@ def _absolute(path: bytes, controllers: bytes, view: CgroupView) -> Segments:
         if root is None:
             raise CgroupError(f"cgroup paths are relative to the agent's own: {view.missing}")
         places = list(root)
+    inside = False
     for segment in path[1:].split(b"/") if path != b"/" else []:
         if segment in (b"", b"."):
             raise CgroupError("a cgroup path has an empty segment")
         if segment != b"..":
             places.append(segment)
-        elif view.roots is not None and places:
+            inside = True
+        elif view.roots is not None and places and not inside:  # it goes up, then down
             places.pop()
         else:
             raise CgroupError("a cgroup path leads out of the root")
