@@ -1,6 +1,7 @@
 """``issuer doctor``: what is wrong here, and what to do about it."""
 
 import argparse
+import asyncio
 import os
 import platform
 import shutil
@@ -9,17 +10,21 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from issuer.cli.calls import call
 from issuer.cli.database import schema_of
 from issuer.cli.health import serving
 from issuer.cli.server import settings_of
-from issuer.config import ServerSettings
+from issuer.config import Cluster, ServerSettings
 from spiffe_core.errors import SpiffeError
 from spiffe_wire.commandline import DONE, REFUSED, CommandError, show, table
 from spiffe_wire.frontdoor import kernel
+from spiffe_wire.k8s.rbac import SERVER_RULES
 from spiffe_wire.pb.spiffe_issuer.v1 import agentadmin_pb2, agentadmin_pb2_grpc
+
+if TYPE_CHECKING:  # what speaks HTTP is loaded where a cluster is configured
+    from spiffe_wire.k8s.credentials import Access
 
 GOOD, WARN, BAD = "good", "warn", "bad"
 
@@ -65,6 +70,8 @@ def _findings(arguments: argparse.Namespace) -> Iterator[Finding]:
             yield from _places(settings)
             yield from _database(settings)
             yield _port(settings)
+            for cluster in settings.clusters:
+                yield _cluster(cluster)
     yield _answer("server", arguments.socket, _ask_server)
     yield _answer("agent", arguments.agent_socket, _ask_agent)
 
@@ -145,6 +152,57 @@ def _port(settings: ServerSettings) -> Finding:
             seen = f"{settings.bind_address}:{settings.bind_port}: {error.strerror}"
             return Finding("port", WARN, seen, "fine if the server runs; else set bind_port")
     return Finding("port", GOOD, f"{settings.bind_address}:{settings.bind_port} is free")
+
+
+def _cluster(cluster: Cluster) -> Finding:
+    """Is it there, does it know us, and may we do what we do?"""
+    from spiffe_wire.k8s.client import ClusterError
+    from spiffe_wire.k8s.credentials import CredentialsError, access_of
+
+    name = f"cluster {cluster.name}"
+    try:
+        access = access_of(cluster.kubeconfig, cluster.context, os.environ)
+        lacking = asyncio.run(_lacking(access, verify_pods=cluster.verify_pods))
+    except (CredentialsError, ClusterError) as error:
+        return Finding(name, BAD, str(error), "mend kubeconfig, or the way to the API server")
+    where = f"{access.host}:{access.port}"
+    if lacking:
+        return Finding(
+            name, BAD, f"{where}: we may not {', '.join(lacking)}",
+            "grant what deploy/kubernetes/base/server-rbac.yaml grants",
+        )  # fmt: skip
+    if not cluster.service_account_allow_list:
+        return Finding(
+            name, WARN, f"{where}: no agent may join",
+            "name its account in service_account_allow_list",
+        )  # fmt: skip
+    return Finding(name, GOOD, f"{where} knows us, and lets us do all we do")
+
+
+async def _lacking(access: "Access", *, verify_pods: bool) -> list[str]:
+    """What of our rights the API server says we lack; anybody may ask that of himself."""
+    from spiffe_wire.k8s.client import Client
+
+    client, lacking = Client(access), []
+    try:
+        for group, resource, verbs in sorted(SERVER_RULES, key=lambda rule: rule[:2]):
+            for verb in sorted(verbs):
+                if verb in ("list", "watch") and not verify_pods:
+                    continue
+                wanted = {"group": group, "resource": resource, "verb": verb}
+                said = await client.post(
+                    "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
+                    {
+                        "apiVersion": "authorization.k8s.io/v1",
+                        "kind": "SelfSubjectAccessReview",
+                        "spec": {"resourceAttributes": wanted},
+                    },
+                )
+                if (said.get("status") or {}).get("allowed") is not True:
+                    lacking.append(f"{verb} {resource}")
+    finally:
+        await client.close()
+    return lacking
 
 
 def _answer(what: str, path: str, ask: Callable[[Any], Awaitable[Finding]]) -> Finding:
