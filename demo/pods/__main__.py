@@ -23,7 +23,7 @@ from tests.support.podstack import a_pod_stack
 
 async def play(engine: Engine, screen: TextScreen) -> Facts:
     """Run cluster, server and agents, and tell the story."""
-    async with a_pod_stack(*NODES) as stack:
+    async with a_pod_stack(NODES) as stack:
         return await Story(engine, stack, screen).tell()
 
 

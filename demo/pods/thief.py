@@ -51,7 +51,7 @@ async def steal(
 
 def audited(stack: PodStack, agent_id: str, pod: str) -> bool:
     """Whether the server's record, which only grows, holds the refusal."""
-    path = stack.folder / "server" / "issuer.db"
+    path = stack.server.folder / "server" / "issuer.db"
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         rows = database.execute(
             "SELECT target FROM audit WHERE action = ? AND actor = ?", (ACTION, agent_id)

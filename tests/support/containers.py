@@ -40,6 +40,8 @@ def why_not(*programs: str) -> str | None:
     """Why no engine can run here; None when it can."""
     if os.geteuid() != 0:
         return "needs root: it starts a container engine"
+    if not _may_administrate():
+        return "needs CAP_SYS_ADMIN, which this root has not: it starts a container engine"
     missing = [name for name in programs or _NEEDED if shutil.which(name, path=_PATH) is None]
     if missing:
         return f"needs {', '.join(missing)} (`make test-docker` installs it by apt as root)"
@@ -177,6 +179,11 @@ class Engine:
         _remove_cgroups(_standing(self._cgroups) - self._before)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    @property
+    def pid(self) -> int:
+        """The daemon: whose network the containers with ``--network host`` have."""
+        return self._process.pid
+
     def said(self) -> str:
         """The end of its log."""
         return (self.folder / "log").read_text(errors="replace")[-3000:]
@@ -211,6 +218,7 @@ class Engine:
         *command: str,
         cgroup: str = "",
         sockets: Path | None = None,
+        folders: Sequence[Path] = (),
         network: str = "none",
         environment: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
@@ -218,7 +226,8 @@ class Engine:
         """
         Make a container that will run *command* with this machine's programs.
 
-        *cgroup* is its parent, such as `pod_cgroup`; *sockets* the folder it finds as `INSIDE`.
+        *cgroup* is its parent, such as `pod_cgroup`; *sockets* the folder it finds as `INSIDE`;
+        *folders* it may write to, and finds where they are here.
         """
         mounts = [(one, one) for one in host_files()]
         mounts += [(sockets, INSIDE)] if sockets else []
@@ -229,6 +238,8 @@ class Engine:
             words += ["--cgroup-parent", cgroup]
         for source, target in mounts:
             words += ["--mount", f"type=bind,src={source},dst={target},readonly"]
+        for folder in folders:
+            words += ["--mount", f"type=bind,src={folder},dst={folder}"]
         if sockets:
             words += ["--env", f"SPIFFE_ENDPOINT_SOCKET=unix://{INSIDE}/workload.sock"]
         for name, value in (environment or {}).items():
@@ -308,6 +319,12 @@ def host_files() -> Iterator[Path]:
         if not any(one.is_relative_to(other) for other in kept):
             kept.append(one)
     return iter(kept)
+
+
+def _may_administrate() -> bool:
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.split("CapEff:")[1].split()[0], 16)
+    return bool(effective >> 21 & 1)
 
 
 def _image() -> bytes:

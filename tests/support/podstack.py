@@ -49,8 +49,8 @@ class PodStack:
         """Add an entry below the agent of *node*."""
         return await self.server.add_entry(path, self.agents[node].agent_id, *selectors)
 
-    async def start_agent(self, node: str, **changes: Any) -> AgentProcess:
-        """The agent of a node, as a pod of the DaemonSet runs it."""
+    async def new_agent(self, node: str, **changes: Any) -> AgentProcess:
+        """The agent of a node, not started, with all that a pod of the DaemonSet finds."""
         cluster, folder = self.cluster, self.folder / node
         folder.mkdir(mode=0o711)
         pod = cluster.pod(f"{AGENT}-{node}", NAMESPACE, AGENT, node)
@@ -76,12 +76,12 @@ class PodStack:
             },
         )
         self.agents[node] = agent
-        return await agent.join()
+        return await agent.configure()
 
 
 @contextlib.asynccontextmanager
-async def a_pod_stack(*nodes: str, **changes: Any) -> AsyncIterator[PodStack]:
-    """A server of a cluster and the agents of *nodes*, ``n1`` alone by default."""
+async def a_cluster(**changes: Any) -> AsyncIterator[PodStack]:
+    """A cluster and its server, not started; *changes* go into the server's settings."""
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(FakeCluster("demo"))
         for account, rules in ((SERVER, SERVER_RULES), (AGENT, AGENT_RULES)):
@@ -93,25 +93,31 @@ async def a_pod_stack(*nodes: str, **changes: Any) -> AsyncIterator[PodStack]:
             stack.enter_context(tempfile.TemporaryDirectory(prefix="si-", dir="/run"))
         )
         folder.chmod(0o711)
+        place = folder / "s"
+        place.mkdir(mode=0o711)
         access = cluster.account_token(NAMESPACE, SERVER)
         known = {
             "name": cluster.name,
-            "kubeconfig": str(cluster.kubeconfig(folder, token=access, name="server")),
+            "kubeconfig": str(cluster.kubeconfig(place, token=access)),
             "service_account_allow_list": [f"{NAMESPACE}:{AGENT}"],
         }
-        server = ServerProcess(folder, {"clusters": [known], **changes})
-        stack.callback(server.process.close)
-        made = PodStack(cluster, await server.start(), folder)
-        for node in nodes or ("n1",):
-            starting = made.start_agent(node)
-            stack.callback(_close, made, node)
-            await starting
+        server = ServerProcess(place, {"clusters": [known], **changes})
+        yield PodStack(cluster, server, folder)
+
+
+@contextlib.asynccontextmanager
+async def a_pod_stack(
+    nodes: Sequence[str] = ("n1",), **changes: Any
+) -> AsyncIterator[PodStack]:
+    """A server of a cluster and the agents of *nodes*, which run on this machine."""
+    async with a_cluster(**changes) as made, AsyncExitStack() as stack:
+        stack.callback(made.server.process.close)
+        await made.server.start()
+        for node in nodes:
+            agent = await made.new_agent(node)
+            stack.callback(agent.process.close)
+            await agent.start()
         yield made
-
-
-def _close(stack: PodStack, node: str) -> None:
-    if agent := stack.agents.get(node):
-        agent.process.close()
 
 
 def _rules(rules: Rules) -> list[dict[str, Any]]:
