@@ -94,11 +94,12 @@ class Membership:
                 continue
             try:
                 await self._exchange(self._next_svid, since)
-                if self.node.renew_due():
-                    raise NotReadyError("the new SVID is due for renewal: compare the clocks")
-                backoff.reset()
-                self._returns.reset()
-                continue
+                if not self.node.renew_due():
+                    backoff.reset()
+                    self._returns.reset()
+                    continue
+                why = "the new SVID is due for renewal: compare the clocks"
+                self.failed("renewal_failed", NotReadyError(why))
             except AgentDeniedError as error:
                 await self.denied(error, since)
             except SpiffeError as error:
@@ -184,6 +185,6 @@ class Membership:
 
     async def _pause(self, backoff: Backoff) -> None:
         pause = backoff.next()
-        if not self.node.is_good():
+        if not self.state.connected:
             pause = min(pause, LONGEST_PAUSE_WITHOUT)
         await asyncio.sleep(pause.total_seconds())
