@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from issuer.config import Svids
 from spiffe_wire.pb import workloadapi_pb2 as pb
 from spiffe_wire.pb import workloadapi_pb2_grpc
+from spiffe_wire.pb.spiffe_issuer.v1 import watch_pb2_grpc
 from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2, agent_pb2_grpc
 from spiffe_wire.security_header import METADATA
 from tests.support.endpoint import ending, fetch, read
@@ -32,8 +35,16 @@ from tests.support.psat import (
     a_cluster,
     agent_pod,
     node_uid,
+    settings_of,
 )
-from tests.support.stack import ROOT, AgentProcess, ServerProcess, a_folder
+from tests.support.stack import (
+    ROOT,
+    AgentProcess,
+    ServerCalls,
+    ServerProcess,
+    a_folder,
+    serving,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 Code = grpc.StatusCode
@@ -97,7 +108,6 @@ class Place:
     cluster: FakeCluster
     server: ServerProcess
     stack: AsyncExitStack
-    nodes: list[Node] = field(default_factory=list)
 
     async def prepared(self, **changes: Any) -> Node:
         """A node whose agent is configured and not started."""
@@ -338,6 +348,50 @@ async def test_sec_54_superseded_it_comes_back(place: Place) -> None:
     assert {one["reason"] for one in node.logged("attesting_again")} == {"AGENT_NOT_ACTIVE"}
     thief.agent.process.kill()
     node.agent.process.stop()
+
+
+# A server without our watch, as SPIRE's
+
+
+class InThisLoop(ServerCalls):
+    """A server in this loop, with the calls of one that is a process."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.admin_socket = folder / "run" / "admin.sock"
+        self.port = port
+
+
+async def test_sec_54_no_call_meets_the_exchange(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SEC-54: however often an agent polls, no call of it goes out with the old serial."""
+    monkeypatch.setattr(watch_pb2_grpc, "add_AgentWatchServicer_to_server", lambda *_: None)
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(a_folder())
+        settings = settings_of(place.cluster, folder)
+        server = await stack.enter_async_context(
+            serving(
+                folder, svids=Svids(agent_ttl=timedelta(seconds=LIFE)), clusters=(settings,)
+            )
+        )
+        here = InThisLoop(folder, server.port)
+        polling = Place(folder, place.cluster, here, stack)  # type: ignore[arg-type]
+        bundle = folder / "server.pem"
+        bundle.write_text(await here.bundle_pem())
+        node = await polling.prepared(
+            server={
+                "address": "127.0.0.1", "port": server.port, "trust_bundle": str(bundle),
+                "sync_interval": "10ms",
+            },
+        )  # fmt: skip
+        await node.agent.start()
+        assert (await node.in_step()).sync_mode == "poll"
+        await node.attested(2)
+        await node.in_step()
+        rows = await server.store.read(lambda repos: repos.audit.rows(0))
+        assert not {row.action for row in rows} & {"agent.superseded", "call.refuse"}
+        assert not node.logged("sync_failed") and not node.logged("attesting_again")
+        node.agent.process.stop()
 
 
 # What an operator is told
