@@ -5,11 +5,12 @@ Source: SEC-34, SEC-80 (everything has a limit).  httpcore does HTTP and TLS; wh
 what a cluster's answers mean.  Redirects are not followed.
 """
 
+import asyncio
 import json
 import socket
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from datetime import timedelta
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -119,12 +120,12 @@ class Client:
             ClusterError: no answer, another one, or the connection failed.
         """
         timeout = {**self._timeouts(), "read": silence.total_seconds()}
-        async with (
-            self._translated(),
-            self._stream(
-                "GET", path, params, b"", _accept("", metadata_only), timeout
-            ) as response,
-        ):
+        async with self._translated(), AsyncExitStack() as stack:
+            # A server answers at once that it will tell; only then may it be silent.
+            async with asyncio.timeout(self._timeout):
+                response = await stack.enter_async_context(
+                    self._stream("GET", path, params, b"", _accept("", metadata_only), timeout)
+                )
             if response.status != 200:
                 raise _refused(response.status, await _body(response))
             async with aclosing(_events(response)) as events:
@@ -216,7 +217,7 @@ class Client:
             yield
         except CredentialsError as error:
             raise ClusterError(str(error)) from error
-        except httpcore.TimeoutException as error:
+        except (httpcore.TimeoutException, TimeoutError) as error:
             raise ClusterError(f"{where} did not answer in time") from error
         except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
             if isinstance(error.__cause__ or error, ssl.SSLError) or isinstance(

@@ -246,6 +246,17 @@ async def test_how_watches_fail(
         assert await client.page(PODS)
 
 
+async def test_a_watch_that_is_never_answered(tmp_path: Path) -> None:
+    """Silence is for a watch that was begun: a server that hangs is noticed as ever."""
+    async with FakeCluster() as cluster, a_client(cluster, tmp_path) as client:
+        cluster.faults.hang()
+        with pytest.raises(ClusterError, match="did not answer in time"):
+            async with client.watch(PODS, {"watch": "1"}, silence=timedelta(hours=1)):
+                raise AssertionError
+        cluster.faults.clear()
+        assert await client.page(PODS)
+
+
 async def test_lines_that_come_in_pieces(tmp_path: Path) -> None:
     """An event may come in any number of pieces, and several at once; empty lines are none."""
     async with FakeCluster() as cluster, a_client(cluster, tmp_path) as client:
