@@ -463,7 +463,7 @@ def test_issuance_is_on_record(repos: Repositories) -> None:
     """What an active authority signed is stored whole."""
     repos.authorities.add_prepared(an_authority("first", KEYS[0]))
     repos.authorities.activate("first", NOW)
-    rows = [an_issued("1"), an_issued("2", entry_id="")]
+    rows = [an_issued("1", pod_uid="u1"), an_issued("2", entry_id="")]
     repos.issued.record(rows)
     assert [row for _, row in repos.issued.page(0, 10)] == rows
     assert repos.issued.count() == 2

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -76,6 +77,30 @@ def test_a_current_database_opens_without_alembic(tmp_path: Path) -> None:
         "sys.exit('alembic' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_was_issued_before_pods_were_recorded(tmp_path: Path) -> None:
+    """A database of the first release keeps its record, and its release can write on."""
+    path = tmp_path / "issuer.db"
+    insert = (
+        "INSERT INTO issued (kind, serial, spiffe_id, entry_id, authority_id, caller, "
+        "issued_at, expires_at) VALUES ('x509', ?, 'spiffe://a.org/a', '', 'a', 'b', 1, 2)"
+    )
+    config = Config()
+    config.set_main_option("script_location", str(migrate.locate()))
+    engine = make_engine(path)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(insert, ("before",))
+    assert migrate.status(engine).current == "0001"
+    assert migrate.upgrade(engine).is_current
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(insert, ("after",))
+        found = connection.execute("SELECT serial, pod_uid FROM issued ORDER BY row").fetchall()
+    assert found == [("before", ""), ("after", "")]
+    engine.dispose()
 
 
 def test_several_schemas_are_refused(tmp_path: Path) -> None:
