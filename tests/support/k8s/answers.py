@@ -3,6 +3,8 @@
 import asyncio
 import gzip
 import json
+import socket
+import struct
 from typing import Any
 
 from aiohttp import web
@@ -125,6 +127,15 @@ async def broken_answer(request: web.BaseRequest, fault: Fault, is_watch: bool) 
 
 
 def abort(request: web.BaseRequest) -> None:
-    """Reset the connection."""
+    """Break the connection off: the client sees its end."""
     if request.transport is not None:
         request.transport.abort()
+
+
+def reset(request: web.BaseRequest) -> web.Response:
+    """Reset the connection, as a load balancer does; the answer goes nowhere."""
+    if request.transport is not None:
+        own = request.transport.get_extra_info("socket")
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    abort(request)
+    return web.Response(status=500)

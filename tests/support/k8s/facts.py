@@ -80,7 +80,7 @@ class Api:
         for pool in self._pools.values():
             await pool.aclose()
 
-    def _headers(self, token: str | None, more: dict[str, str]) -> dict[str, str]:
+    def _headers(self, token: str | None, more: dict[str, str]) -> dict[Any, Any]:
         given = self.token if token is None else token
         credential = {"Authorization": f"Bearer {given}"} if given else {}
         return {"Accept": "application/json"} | credential | more

@@ -7,10 +7,10 @@ from aiohttp import web
 
 from tests.support.k8s import objects, rbac
 from tests.support.k8s.answers import (
-    abort,
     broken_answer,
     dumped,
     failure,
+    reset,
     text_answer,
 )
 from tests.support.k8s.calls import Call, Calls
@@ -30,6 +30,7 @@ class FakeKubelet:
     The kubelet of one node, with webhook authentication and authorisation.
 
     It asks the API server's own check of tokens and its RBAC: `nodes/proxy` for this node.
+    (A real one remembers what it heard: a refusal for half a minute, all else for longer.)
     """
 
     def __init__(
@@ -123,8 +124,7 @@ class FakeKubelet:
             elif fault.kind == "fail":
                 return failure(request, fault)
             elif fault.kind == "reset":
-                abort(request)
-                return web.Response(status=500)
+                return reset(request)
             else:
                 return await broken_answer(request, fault, is_watch=False)
         if user is None:

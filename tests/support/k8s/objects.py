@@ -210,7 +210,7 @@ def managed_fields(
     spec = {"f:containers": each} | _fields(*general)
     wanted = {"f:metadata": {"f:labels": {".": {}} | _fields(*labels)}, "f:spec": spec}
     timed = ("lastProbeTime", "lastTransitionTime", "message", "reason", "status", "type")
-    conditions = {
+    conditions: Body = {
         f'k:{{"type":"{kind}"}}': {".": {}} | _fields(*timed)
         for kind in ("ContainersReady", "Initialized", "Ready")
     }

@@ -12,12 +12,12 @@ from aiohttp import web
 from tests.support.k8s import admission, discovery, listing, rbac
 from tests.support.k8s.answers import (
     PARTIAL,
-    abort,
     broken_answer,
     error_answer,
     failure,
     json_answer,
     partial,
+    reset,
     text_answer,
     wanted_form,
 )
@@ -141,8 +141,8 @@ class ApiServer:
             answer = error_answer(request, error)
         except web.HTTPRequestEntityTooLarge:
             message = f"Request entity too large: limit is {MAX_BODY_BYTES}"
-            error = ApiError(413, "RequestEntityTooLarge", message)
-            answer = error_answer(request, error)
+            too_large = ApiError(413, "RequestEntityTooLarge", message)
+            answer = error_answer(request, too_large)
         except asyncio.CancelledError:
             self.calls.add(call)
             raise
@@ -185,8 +185,7 @@ class ApiServer:
             elif fault.kind == "fail":
                 return failure(request, fault)
             elif fault.kind == "reset":
-                abort(request)
-                return web.Response(status=500)
+                return reset(request)
             else:
                 return await broken_answer(request, fault, asked.verb == "watch")
         if not is_known and (not self.anonymous or "Authorization" in request.headers):
