@@ -219,8 +219,12 @@ async def test_sec_54_trust_on_first_use(place: Place) -> None:
         await come()
     assert await stored(place.running) == kept
     assert await serial_of(place.running, path) == serial
-    request = agent_pb2.DeleteAgentRequest(id=id_message(path))
-    await place.running.local.agent.DeleteAgent(request)
+    local = place.running.local.agent
+    await local.BanAgent(agent_pb2.BanAgentRequest(id=id_message(path)))
+    async with refused(Code.PERMISSION_DENIED, "agent is banned") as seen:
+        await come()
+    assert reason_of(seen[0]) is DenialReason.AGENT_BANNED
+    await local.DeleteAgent(agent_pb2.DeleteAgentRequest(id=id_message(path)))
     assert (await come()).result.svid.cert_chain
 
 
