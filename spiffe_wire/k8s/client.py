@@ -276,8 +276,8 @@ def _refused(status: int, data: bytes) -> ClusterError:
     """What the server said, and what to do about it."""
     try:
         said = str(_json(data[:65536]).get("message", ""))
-    except ClusterError:
-        said = ""
+    except ClusterError:  # a kubelet writes plain text; what a gateway's page says is no help
+        said = "" if data.lstrip().startswith(b"<") else data[:500].decode("utf-8", "replace")
     text = "".join(one for one in said if one.isprintable())[:500] or f"HTTP {status}"
     if status == 401:
         return ClusterError(f"we are not known to it ({text}): is the token good?", status)

@@ -177,7 +177,8 @@ def test_what_a_server_says_is_cut_and_printable() -> None:
     refused = str(module._refused(500, b'{"message": "a\\u001b[31m\\n' + b"x" * 9000 + b'"}'))
     assert refused.startswith("it answered 500: a[31mxx")
     assert len(refused) < 600
-    assert str(module._refused(502, b"<html>")) == "it answered 502: HTTP 502"
+    assert str(module._refused(502, b" <html>")) == "it answered 502: HTTP 502"
+    assert str(module._refused(503, b"plain\n\xff")).startswith("it answered 503: plain")
 
 
 # Watches
