@@ -193,7 +193,8 @@ async def test_sec_33_a_container_of_another_pod(engine: Engine, stack: PodStack
         engine, stack, listed, cgroup=pod_cgroup(elsewhere.uid)
     ) as workload:
         assert await workload.fetched() == set()
-        assert "k8s" in (await explained(stack, workload.pid)).out
+        told = (await explained(stack, workload.pid)).out
+        assert f"names pod {elsewhere.uid}, its container is one of pod shop/listed" in told
 
 
 @pytest.mark.parametrize("uid", [0, UID])
@@ -233,6 +234,95 @@ async def test_sec_33_a_forger(engine: Engine, stack: PodStack, path: str) -> No
             assert told.code == 1
             assert "is below none of the configured prefixes" in told.out
         assert await workload.fetched() == {"/web"}, "the real one goes on"
+
+
+MOVES = """
+import asyncio, ctypes, os, sys
+from spiffe_core.errors import SpiffeError
+from workload_api.client.client import WorkloadClient
+libc = ctypes.CDLL(None, use_errno=True)
+for line in open("/proc/self/cgroup"):
+    number, controllers, _ = line.rstrip().split(":", 2)
+    place, kind = f"/tmp/{number}", b"cgroup" if controllers else b"cgroup2"
+    options = controllers.replace("name=", "none,name=").encode() or None
+    os.mkdir(place)
+    if libc.mount(b"none", place.encode(), kind, 0, options):
+        raise OSError(ctypes.get_errno(), line)
+    os.makedirs(f"{place}/{sys.argv[1]}")
+    with open(f"{place}/{sys.argv[1]}/cgroup.procs", "w") as file:
+        file.write("0")
+async def ask():
+    async with WorkloadClient() as client:
+        try:
+            context = await client.fetch_x509()
+            print(*(one.svid.spiffe_id.path for one in context.identities))
+        except SpiffeError as error:
+            print(error.kind.name)
+asyncio.run(ask())
+"""
+"""Moves itself, in every hierarchy, to a cgroup below its container's own; then it asks."""
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        pytest.param("init.scope/worker", "/web", id="as-systemd-does"),
+        pytest.param("kubepods/besteffort/pod{uid}/{id}", "FORBIDDEN", id="another-pod"),
+        pytest.param("pod{uid}/{id}", "FORBIDDEN", id="another-pod-in-short"),
+        pytest.param("{id}", "FORBIDDEN", id="another-container"),
+    ],
+)
+async def test_sec_33_a_forger_inside_a_pod(
+    engine: Engine, stack: PodStack, path: str, answer: str
+) -> None:
+    """SEC-33: a pod that may mount can divide its own cgroup, and pass for no other with it."""
+    victim = stack.cluster.pod(f"victim-{uuid.uuid4().hex[:6]}", "parts")
+    pod = a_pod(stack, f"inside-{uuid.uuid4().hex[:6]}")
+    options = ("--cgroupns", "private", "--cap-add", "SYS_ADMIN")
+    async with a_pod_workload(engine, stack, pod, options=options) as workload:
+        await workload.gets("/web")
+        moved = path.format(uid=victim.uid, id=victim.container_id())
+        assert await workload.container.run(*python("-c", MOVES, moved)) == answer
+
+
+async def test_sec_36_a_restarted_container(engine: Engine, stack: PodStack) -> None:
+    """SEC-36: when the pod has another container in its place, the old one's stream ends."""
+    pod = a_pod(stack, "restarted")
+    async with a_pod_workload(engine, stack, pod) as old:
+        await old.gets("/web")
+        since = old.seen
+        async with a_pod_workload(engine, stack, pod) as new:
+            await old.denied(since=since)
+            await new.gets("/web")
+
+
+async def test_sec_106_an_agent_that_is_killed(engine: Engine, stack: PodStack) -> None:
+    """SEC-106: a pod finds the agent again behind the folder it was given; server or not."""
+    pod = a_pod(stack, "patient")
+    async with a_pod_workload(engine, stack, pod) as workload:
+        await workload.gets("/web")
+        stack.agent.process.kill()
+        since = workload.seen
+        await stack.agent.start()
+        await workload.svids("/web", since=since)
+
+
+async def test_sec_106_an_api_server_that_is_away(engine: Engine, stack: PodStack) -> None:
+    """SEC-106: known pods are served on; one that starts meanwhile is when it is back."""
+    known, later = a_pod(stack, "known"), a_pod(stack, "later")
+    async with a_pod_workload(engine, stack, known) as before:
+        await before.gets("/web")
+        await stack.cluster.stop()
+        try:
+            async with a_pod_workload(engine, stack, later) as after:
+                await after.watch()
+                assert await before.fetched() == {"/web"}
+                told = await explained(stack, after.pid)
+                assert "has not told of container" in told.out
+                await stack.cluster.start()
+                await after.svids("/web")
+        finally:
+            await stack.cluster.start()
 
 
 @contextlib.asynccontextmanager
