@@ -18,8 +18,9 @@ import pytest_asyncio
 
 from issuer.services.refusals import MAX_ROWS
 from spiffe_wire.pb.spiffe_issuer.v1 import podsvid_pb2
-from tests.support.callers import Code, Holder, Running, an_id, below, codes
+from tests.support.callers import Code, Holder, Running, an_id, below, codes, eventually
 from tests.support.k8s.cluster import Pod
+from tests.support.k8s.objects import copied
 from tests.support.verifying import (
     Verified,
     a_place,
@@ -220,3 +221,20 @@ async def test_sec_21_a_pod_that_the_thief_starts_is_its_own(theft: Theft) -> No
             await theft.gained(lambda uid=uid: denied_x509(theft.thief, theft.for_other, uid))
             == 0
         )
+
+
+async def test_sec_21_a_mirror_pod_has_no_account(theft: Theft) -> None:
+    """SEC-21: a kubelet can show static pods of any namespace; none of them has an account."""
+    mirror = theft.place.cluster.pod("pay-2", "payments", "pay", "a", static=True)
+    body = copied(mirror.body)
+    del body["spec"]["serviceAccountName"]  # the API server takes no mirror pod with one
+    theft.place.cluster.put_pod(body)
+    table = theft.place.pods.clusters["prod"].pods
+    await eventually(lambda: (found := table.get(mirror.uid)) and not found.pod.service_account)
+    digest = body["metadata"]["annotations"]["kubernetes.io/config.hash"]
+
+    async def attempts() -> None:
+        for uid in (mirror.uid, digest, ""):
+            await denied_x509(theft.thief, theft.for_other, uid)
+
+    assert await theft.gained(attempts) == 0
