@@ -6,6 +6,8 @@ kubeconfig.  SVIDs of agents live for ten seconds here, the least that a server 
 """
 
 import asyncio
+import contextlib
+import itertools
 import os
 import sys
 import time
@@ -361,33 +363,90 @@ class InThisLoop(ServerCalls):
         self.port = port
 
 
+class LongLine:
+    """Listens on a port, and passes on what comes to another; its answers come late."""
+
+    def __init__(self, port: int, seconds: float) -> None:
+        self._behind, self._late = port, seconds
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ends: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> int:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for one in self._ends:
+            one.close()
+            with contextlib.suppress(OSError):
+                await one.wait_closed()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, away = await asyncio.open_connection("127.0.0.1", self._behind)
+        self._ends += [writer, away]
+        for one in (self._pass_on(reader, away, 0), self._pass_on(there, writer, self._late)):
+            self._tasks.add(asyncio.create_task(one))
+
+    async def _pass_on(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, late: float
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):
+            while data := await source.read(65536):
+                loop.call_later(late, sink.write, data)
+        loop.call_later(late, sink.close)
+
+
 async def test_sec_54_no_call_meets_the_exchange(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SEC-54: however often an agent polls, no call of it goes out with the old serial."""
+    """
+    SEC-54: however much an agent asks, nothing goes out with a serial that is superseded.
+
+    The server's answers are late, so that it has forgotten the old serial long before the
+    agent knows of the new one; the agent polls and asks for JWT-SVIDs all the while.
+    """
     monkeypatch.setattr(watch_pb2_grpc, "add_AgentWatchServicer_to_server", lambda *_: None)
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(a_folder())
-        settings = settings_of(place.cluster, folder)
-        server = await stack.enter_async_context(
-            serving(
-                folder, svids=Svids(agent_ttl=timedelta(seconds=LIFE)), clusters=(settings,)
-            )
-        )
+        changes = {
+            "svids": Svids(agent_ttl=timedelta(seconds=LIFE)),
+            "clusters": (settings_of(place.cluster, folder),),
+        }
+        server = await stack.enter_async_context(serving(folder, **changes))
+        port = await stack.enter_async_context(LongLine(server.port, 0.1))
         here = InThisLoop(folder, server.port)
-        polling = Place(folder, place.cluster, here, stack)  # type: ignore[arg-type]
         bundle = folder / "server.pem"
         bundle.write_text(await here.bundle_pem())
+        polling = Place(folder, place.cluster, here, stack)  # type: ignore[arg-type]
         node = await polling.prepared(
             server={
-                "address": "127.0.0.1", "port": server.port, "trust_bundle": str(bundle),
+                "address": "127.0.0.1", "port": port, "trust_bundle": str(bundle),
                 "sync_interval": "10ms",
             },
         )  # fmt: skip
         await node.agent.start()
+        await here.add_entry("/web", node.id, ME)
+        await node.agent.until_svids(1)
         assert (await node.in_step()).sync_mode == "poll"
-        await node.attested(2)
-        await node.in_step()
+        numbers = itertools.count()
+
+        async def busy(stub: Any) -> None:
+            while True:
+                assert await jwt(stub, f"audience {next(numbers)}")
+
+        async with node.workload() as stub:
+            working = [asyncio.create_task(busy(stub)) for _ in range(4)]
+            await node.attested(2)
+            await node.in_step()
+            for one in working:
+                one.cancel()
+            ended = await asyncio.gather(*working, return_exceptions=True)
+        assert {type(one) for one in ended} == {asyncio.CancelledError}
         rows = await server.store.read(lambda repos: repos.audit.rows(0))
         assert not {row.action for row in rows} & {"agent.superseded", "call.refuse"}
         assert not node.logged("sync_failed") and not node.logged("attesting_again")
