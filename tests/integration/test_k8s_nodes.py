@@ -23,6 +23,7 @@ import pytest
 import pytest_asyncio
 
 from issuer.config import Svids
+from spiffe_core import crashpoints
 from spiffe_wire.pb import workloadapi_pb2 as pb
 from spiffe_wire.pb import workloadapi_pb2_grpc
 from spiffe_wire.pb.spiffe_issuer.v1 import watch_pb2_grpc
@@ -350,6 +351,38 @@ async def test_sec_54_superseded_it_comes_back(place: Place) -> None:
     assert {one["reason"] for one in node.logged("attesting_again")} == {"AGENT_NOT_ACTIVE"}
     thief.agent.process.kill()
     node.agent.process.stop()
+
+
+POINTS = {
+    "agent.csr_sent": "the server may have attested it, or not",
+    "agent.reply_got": "the old serial is worth nothing, the new one is lost",
+    "agent.identity_saved": "the new one is on disk",
+}
+
+
+async def test_sec_54_killed_while_it_attests_again(place: Place) -> None:
+    """SEC-54, SEC-103: killed at any moment of it, the next life is the same node, in step."""
+
+    async def story(node: Node, point: str) -> None:
+        node.agent.process.stop()
+        await node.agent.start(**{crashpoints.VARIABLE: point})
+        assert await node.agent.process.wait() == 137
+        back = len(node.logged("attesting_again"))
+        await node.agent.start()
+        await node.in_step()
+        await node.agent.until_svids(1)
+        assert node.agent.agent_id == node.id
+        returned = len(node.logged("attesting_again")) - back
+        if point == "agent.reply_got":
+            assert returned == 1
+        elif point == "agent.identity_saved":
+            assert returned == 0
+        node.agent.process.stop()
+
+    nodes = [await place.node(f"/killed-{number}") for number in range(len(POINTS))]
+    async with asyncio.TaskGroup() as tasks:
+        for node, point in zip(nodes, POINTS, strict=True):
+            tasks.create_task(story(node, point), name=point)
 
 
 # A server without our watch, as SPIRE's
