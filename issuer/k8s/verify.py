@@ -112,13 +112,13 @@ class PodVerifier:
             return self._without_pod(watch)
         node = _known_node(watch, home, wanted)
         if pod_uid:
-            self._check_pod(watch, node, wanted, pod_uid)
+            found = self._check_pod(watch, node, wanted, pod_uid)
             self.on_checked(cluster, "verified")
-        else:
-            topic = pods_topic(cluster, node.name) if is_on_demand else None
-            _check_any(watch, node, wanted, topic)
-            self.on_checked(cluster, "any-pod")
-        return pod_uid
+            return found
+        topic = pods_topic(cluster, node.name) if is_on_demand else None
+        _check_any(watch, node, wanted, topic)
+        self.on_checked(cluster, "any-pod")
+        return ""
 
     def _check_cluster(self, wanted: frozenset[str], cluster: str) -> None:
         for value in wanted:
@@ -144,7 +144,7 @@ class PodVerifier:
 
     def _check_pod(
         self, watch: "ClusterWatch", node: Meta, wanted: frozenset[str], pod_uid: str
-    ) -> None:
+    ) -> str:
         topic = pod_topic(watch.name, pod_uid)
         known = watch.pods.get(pod_uid)
         if known is None or not known.pod.node_name:
@@ -180,6 +180,7 @@ class PodVerifier:
                     and not any(one.startswith("ns-label:") for one in lacking)  # no pod's own
                 ),
             )
+        return pod.uid
 
 
 @dataclass(frozen=True, slots=True)

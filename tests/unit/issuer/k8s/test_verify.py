@@ -169,9 +169,14 @@ async def test_a_pod_on_its_way_in_or_out_is_one(world: World, pod: str) -> None
 
 
 async def test_a_static_pod_goes_by_its_kubelets_name_too(world: World) -> None:
-    """An agent that asks its kubelet knows a static pod by the hash that its cgroup has."""
+    """A kubelet knows a static pod by its hash; on record stands the API server's UID."""
     notes = world.pods["static"].body["metadata"]["annotations"]
-    assert world.why("k8s:ns:kube-system", pod=notes["kubernetes.io/config.hash"]) == ""
+    found = world.verifier.check(
+        an_agent_of(world.cluster),
+        an_entry_for("k8s:ns:kube-system"),
+        notes["kubernetes.io/config.hash"],
+    )
+    assert found == world.pods["static"].uid
 
 
 UNCHECKED = {
