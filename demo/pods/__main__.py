@@ -62,6 +62,9 @@ def main() -> int:
     except (PlayerError, EngineError, SpiffeError, AssertionError, OSError) as error:
         screen.bad(f"the demo could not go on: {error}")
         return 1
+    except KeyboardInterrupt:
+        screen.bad("stopped; everything it started has ended")
+        return 130
     screen.step("What it took")
     for row in table(facts):
         screen.line(row)
