@@ -8,11 +8,12 @@ nothing but local processes loads no client of any cluster or container engine (
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spiffe_wire.settings import SettingsError
 from workload_api.agent.config import AgentSettings, Docker, Kubernetes, PodSource
 from workload_api.attestors.cgroup import (
     ENGINE_PREFIXES,
@@ -20,6 +21,7 @@ from workload_api.attestors.cgroup import (
     POD_PREFIXES,
     CgroupLayout,
     CgroupView,
+    PrefixError,
     read_cgroup,
 )
 from workload_api.attestors.cgroupns import own_view
@@ -55,7 +57,7 @@ async def build_attestors(
 
     Raises:
         CredentialsError: there is no way to the cluster that the settings name.
-        PrefixError: a cgroup prefix can match nothing.
+        SettingsError: a cgroup prefix can match nothing.
     """
     found: list[WorkloadAttestor] = [
         UnixAttestor(hash_executables=settings.workloads.hash_executables)
@@ -66,10 +68,20 @@ async def build_attestors(
             # Texts that are given are taken as the node's own.
             view = await asyncio.to_thread(own_view) if read is None else HOST
             if settings.kubernetes.workloads:
-                made = await _with_pods(stack, settings.kubernetes, found, view, read)
+                with _prefixes_of("kubernetes"):
+                    made = await _with_pods(stack, settings.kubernetes, found, view, read)
             if settings.docker.workloads:
-                found.append(_docker(settings.docker, view, read or read_cgroup))
+                with _prefixes_of("docker"):
+                    found.append(_docker(settings.docker, view, read or read_cgroup))
         yield made
+
+
+@contextlib.contextmanager
+def _prefixes_of(section: str) -> Iterator[None]:
+    try:
+        yield
+    except PrefixError as error:
+        raise SettingsError(f"{section}.cgroup_prefixes: {error}") from error
 
 
 async def _with_pods(

@@ -185,5 +185,10 @@ class AgentSettings:
             raise SettingsError(
                 "kubernetes.node_name: must be set; in a DaemonSet from spec.nodeName"
             )
+        if here.namespace_labels and here.pods_from is PodSource.KUBELET:
+            raise SettingsError(
+                "kubernetes.namespace_labels: a kubelet knows no namespaces; set pods_from to "
+                "api-server"
+            )
         if proves and self.join_token_file is not None:
             raise SettingsError("join_token_file: node_attestor is k8s_psat, which needs none")
