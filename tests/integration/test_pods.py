@@ -19,6 +19,7 @@ import pytest
 
 from spiffe_wire.k8s import watch
 from spiffe_wire.k8s.rbac import AGENT_RULES
+from tests.faults.pages import Pages, a_free_port
 from tests.support.endpoint import ending, fetch, read, says_nothing
 from tests.support.k8s.objects import Container
 from tests.support.placed import AGENT, ClusterStack, a_cluster_stack
@@ -349,3 +350,100 @@ def web_svid(message: Any) -> bytes:
     """The certificate of /web."""
     (found,) = (one for one in message.svids if one.spiffe_id.endswith("/web"))
     return bytes(found.x509_svid)
+
+
+async def test_an_agent_that_starts_before_its_api_server() -> None:
+    """Who connects meanwhile waits, and is served with the first list; others never waited."""
+    async with a_cluster_stack(start_cluster=False) as stack:
+        pod = stack.cluster.pod()
+        await stack.add_entry("/web", *WEB)
+        await stack.add_entry("/any", f"unix:uid:{os.geteuid()}")
+        async with stack.process() as outside, stack.process(pod) as caller:
+            assert await first(outside.stub) == ["/any"]
+            reading = asyncio.create_task(fetch(caller.stub).read())
+            await until(lambda: stack.agent.attestors.pods.awaited == 1)
+            await stack.cluster.start()
+            assert sorted(ids(await asyncio.wait_for(reading, 8))) == ["/any", "/web"]
+
+
+async def test_sec_114_an_agent_says_what_it_cannot_learn() -> None:
+    """SEC-114: without its API server an agent stays ready, and says what it lacks."""
+    port = a_free_port()
+    async with a_cluster_stack(status_port=port) as stack:
+        pages = Pages(port)
+        pod = stack.cluster.pod()
+        await until(lambda: len(stack.agent.attestors.pods) == 1)
+        await until(lambda: not stack.agent.attestors.problems)
+        code, ready = await pages.ready()
+        assert (code, ready["attestor_problems"]) == (200, [])
+        assert await pages.metric("agent_pods") == 1
+        assert await pages.metric("agent_pods_source_away_seconds") == 0
+        await stack.cluster.stop()
+        await until(lambda: stack.agent.attestors.problems)
+        code, ready = await pages.ready()
+        assert (code, ready["ready"]) == (200, True)
+        assert "cannot be reached" in ready["attestor_problems"][0]
+        assert await pages.metric("agent_pods_source_away_seconds") > 0
+        async with stack.process(pod) as caller:
+            explained = await stack.explain(caller.pid)
+            assert "k8s:pod-name:web-1" in explained.text
+            assert "k8s:container-name:app" in explained.text
+
+
+async def test_sec_35_pods_are_not_believed_for_longer_than_is_said() -> None:
+    """SEC-35: past the limit that an operator set, pods of before are nobody's identity."""
+    async with a_cluster_stack(stale_limit=timedelta(seconds=0.3)) as stack:
+        pod = stack.cluster.pod()
+        await stack.add_entry("/web", *WEB)
+        async with stack.process(pod) as caller:
+            assert await first(caller.stub) == ["/web"]
+            await stack.cluster.stop()
+            source = stack.agent.attestors.source
+            await until(lambda: source.away > timedelta(seconds=0.3))
+            await refused(caller.stub)
+            assert "which is too long: 127.0.0.1" in await reason(stack, caller.pid)
+
+
+async def test_sec_35_rights_on_namespaces_that_were_not_granted() -> None:
+    """SEC-35: UIDs that may not be learnt are absent; the result is partial, and says why."""
+    async with a_cluster_stack(rights=[("", "pods", frozenset({"list", "watch"}))]) as stack:
+        pod = stack.cluster.pod()
+        await stack.add_entry("/web", *WEB)
+        uid = stack.cluster.find("namespaces", "shop")["metadata"]["uid"]
+        await stack.add_entry("/strong", f"k8s:ns-uid:{uid}")
+        async with stack.process(pod) as caller:
+            assert await first(caller.stub) == ["/web"]
+            missing = "namespace shop and service account shop/web is not known"
+            assert missing in await reason(stack, caller.pid)
+            near = (await stack.explain(caller.pid)).near_misses[0]
+            assert near.entry.spiffe_id.path == "/strong"
+            assert "for which no attestor could vouch" in near.difference
+        problems = stack.agent.attestors.problems
+        assert len(problems) == 2
+        assert all("grant it by RBAC" in one for one in problems)
+
+
+# By the kubelet alone
+
+
+async def test_by_the_kubelets_word() -> None:
+    """With no way to the API server: late lists are waited for, and changes are noticed."""
+    async with a_cluster_stack(kubelet=True) as stack:
+        pod = stack.cluster.pod("web-0", labels={"tier": "gold"})
+        await stack.add_entry("/gold", *WEB, "k8s:pod-label:tier:gold")
+        async with stack.process(pod) as caller:
+            call = fetch(caller.stub)
+            assert ids(await read(call)) == ["/gold"]
+            kubelet = stack.cluster.kubelets["n1"]
+            kubelet.freeze()
+            late = stack.cluster.pod("web-1", labels={"tier": "gold"})
+            async with stack.process(late) as early:
+                reading = await pending(fetch(early.stub))
+                kubelet.thaw()
+                assert ids(await asyncio.wait_for(reading, 5)) == ["/gold"]
+            stack.cluster.relabel(pod, {})
+            code, _ = await ending(call, within=8)
+            assert code is DENIED
+        asked = stack.cluster.calls.grants(AGENT)
+        assert not asked, "the API server was asked"
+        assert kubelet.calls.grants(AGENT) == {("get", "", "nodes/proxy")}

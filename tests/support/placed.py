@@ -9,7 +9,7 @@ says, and who answers as the API server.
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -106,19 +106,27 @@ class Caller:
 
 @contextlib.asynccontextmanager
 async def a_cluster_stack(
-    *, kubelet: bool = False, start_cluster: bool = True, **changes: Any
+    *,
+    kubelet: bool = False,
+    start_cluster: bool = True,
+    status_port: int = 0,
+    rights: Iterable[tuple[str, str, frozenset[str]]] | None = None,
+    **changes: Any,
 ) -> AsyncIterator[ClusterStack]:
     """
     All of it on node n1; *changes* are fields of `Kubernetes`.
 
     *kubelet*: pods come from the kubelet of n1 alone, which is `cluster.kubelets["n1"]`.
+    *rights*: what the agent may ask; what the manifests grant unless told otherwise.
     """
+    if rights is None:
+        rights = KUBELET_RULES if kubelet else AGENT_RULES
     with a_folder() as folder, _umask():
         async with contextlib.AsyncExitStack() as stack:
             cluster = FakeCluster("demo")
             await cluster.start()
             stack.push_async_callback(cluster.__aexit__, None, None, None)
-            cluster.grant(AGENT, *rules_of(KUBELET_RULES if kubelet else AGENT_RULES))
+            cluster.grant(AGENT, *rules_of(frozenset(rights)))
             if kubelet:
                 made = await cluster.kubelet()
                 changes = {
@@ -132,6 +140,7 @@ async def a_cluster_stack(
             found = ClusterStack(folder, cluster, here)
             token = await here.join_token()
             settings = await _settings(found, changes)
+            settings = replace(settings, status=config.Status(port=status_port))
             if not start_cluster:
                 await cluster.stop()
             found.agent = await stack.enter_async_context(
@@ -167,7 +176,6 @@ async def _settings(stack: ClusterStack, changes: Mapping[str, Any]) -> config.A
         kubernetes=replace(kubernetes, **changes),
         server=config.Server(port=stack.server.port, trust_bundle=bundle),
         workloads=config.Workloads(no_identity_grace=timedelta(0)),
-        status=config.Status(port=0),
     )
 
 
