@@ -28,11 +28,6 @@ WANTED: Any = {
     "namespace_labels": True,
     "accounts": True,
 }
-    "cluster": "demo",
-    "namespaces": True,
-    "namespace_labels": True,
-    "accounts": True,
-}
 
 
 @asynccontextmanager
