@@ -125,7 +125,13 @@ class Dialer:
         return self._channel
 
     def cut(self) -> None:
-        """End every connection now; the next call dials anew, with the context of then."""
+        """
+        End every connection now; the next call dials anew, with the context of then.
+
+        At once: what failed before may do with another certificate.
+        """
+        self._backoff.reset()
+        self._not_before = 0.0
         for leg in list(self._legs):
             leg.close()
 

@@ -87,6 +87,30 @@ async def test_sec_106_dialled_again_before_long() -> None:
         await server.wait_closed()
 
 
+async def test_sec_106_dialled_at_once_with_another_certificate() -> None:
+    """SEC-106: cut for a new certificate, it does not wait for what the old one met."""
+    dialled = 0
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal dialled
+        dialled += 1
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    minute = timedelta(minutes=1)
+    async with a_dialer(port, Backoff(minute, minute, random.Random(1))) as dialer:  # 8 s
+        await ask(dialer)
+        assert dialled == 1
+        dialer.cut()
+        async with asyncio.timeout(5):
+            while dialled < 2:
+                await ask(dialer)
+                await asyncio.sleep(0.01)
+    server.close()
+    await server.wait_closed()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_sec_107_full_jitter(seed: int) -> None:
     """SEC-107: pauses are drawn evenly from nothing to a bound that doubles up to its cap."""

@@ -84,8 +84,10 @@ class Node:
         return [one for one in self.agent.process.events() if one.get("event") == name]
 
     async def attested(self, times: int) -> None:
-        """Wait until it has attested that often."""
-        await self.agent.process.until(lambda: len(self.logged("node_attested")) >= times)
+        """Wait until it has attested that often; SEC-106 gives agents 30 s to be back."""
+        await self.agent.process.until(
+            lambda: len(self.logged("node_attested")) >= times, timeout=30
+        )
 
     async def in_step(self) -> Any:
         """Wait until it follows its server; returns its status."""
