@@ -31,6 +31,7 @@ WATCH_SECONDS: Final = (240, 300)
 SILENCE: Final = timedelta(seconds=WATCH_SECONDS[1] + 15)
 SHORTEST: Final = 1.0
 """Seconds; a server that ends watches sooner is asked again as one that fails."""
+NOT_ASKED: Final = "not asked yet"
 AT_A_STRETCH: Final = 50
 """Objects parsed before others have a turn: about 2 ms."""
 _T = TypeVar("_T")
@@ -80,7 +81,7 @@ class Watch(Generic[_T]):
         self._hurried = asyncio.Event()
         self.synced = asyncio.Event()
         """Set once the first list is in."""
-        self.problem = "not asked yet"
+        self.problem = NOT_ASKED
         """Why it is not in step now; empty when it is."""
         self.away_since: float | None = time.monotonic()
         """When it fell out of step, on the monotonic clock; None while it is in step."""

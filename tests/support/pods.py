@@ -96,6 +96,7 @@ class SourceOfPods:
 
     def __init__(self) -> None:
         self.problem = ""
+        self.beside_problem = ""
         self.age = timedelta(0)
         self.wanted = 0
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 from spiffe_wire.k8s.client import Client
 from spiffe_wire.k8s.objects import Meta, Pod, meta_of, pod_of
-from spiffe_wire.k8s.watch import Kind, Watch
+from spiffe_wire.k8s.watch import NOT_ASKED, Kind, Watch
 from workload_api.attestors.pods import PodTable
 
 
@@ -44,6 +44,12 @@ class ApiServerPods:
     def problem(self) -> str:
         """Why the table is not in step; what surrounds pods is not counted."""
         return self._pods.problem
+
+    @property
+    def beside_problem(self) -> str:
+        """Why what surrounds pods is not known, and will not be just now."""
+        found = (one.problem for one in self._all[1:])
+        return "; ".join(dict.fromkeys(one for one in found if one not in ("", NOT_ASKED)))
 
     @property
     def problems(self) -> list[str]:

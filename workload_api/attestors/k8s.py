@@ -40,6 +40,11 @@ class PodSource(Protocol):
         ...
 
     @property
+    def beside_problem(self) -> str:
+        """Why namespaces and accounts are not known, and will not be just now; or empty."""
+        ...
+
+    @property
     def problems(self) -> list[str]:
         """The same of all that is asked for, for whoever minds this agent."""
         ...
@@ -114,10 +119,14 @@ class K8sAttestor:
         stale = self._stale()
         if not known.lacking:
             return Finding(known.selectors, known.changed, stale)
-        missing = "; ".join(filter(None, (f"{known.lacking} is not known", stale)))
-        so_far = Finding(known.selectors, known.changed, missing)
-        if self._clock() - known.lacks_since < LAG.total_seconds():
-            raise NotYetError(missing, known.changed, so_far)
+        problem = self._source.beside_problem
+        missing = f"{known.lacking} is not known" + (f": {problem}" if problem else "")
+        so_far = Finding(
+            known.selectors, known.changed, f"{missing}; {stale}" if stale else missing
+        )
+        # Where it is known not to come, nobody waits for it.
+        if not problem and self._clock() - known.lacks_since < LAG.total_seconds():
+            raise NotYetError(so_far.missing, known.changed, so_far)
         return so_far
 
     def _stale(self) -> str:

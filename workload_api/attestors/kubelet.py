@@ -19,7 +19,7 @@ from spiffe_core.errors import SpiffeError
 from spiffe_wire.k8s.client import Client, ClusterError
 from spiffe_wire.k8s.credentials import Access, Source
 from spiffe_wire.k8s.objects import ObjectError, Pod, pod_of
-from spiffe_wire.k8s.watch import AT_A_STRETCH
+from spiffe_wire.k8s.watch import AT_A_STRETCH, NOT_ASKED
 from spiffe_wire.logs import event
 from workload_api.attestors.pods import PodTable
 
@@ -51,10 +51,13 @@ class KubeletPods:
         self._interval = interval.total_seconds()
         self._wanted = asyncio.Event()
         self._wanted_until = 0.0
-        self.problem = "not asked yet"
+        self.problem = NOT_ASKED
         """Why the table is not in step; empty while it is."""
         self._said = ""
         self._heard_at = time.monotonic()
+
+    beside_problem = ""
+    """It knows of nothing beside pods, and so nothing of that can fail."""
 
     @property
     def problems(self) -> list[str]:

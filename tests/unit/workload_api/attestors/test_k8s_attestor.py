@@ -219,6 +219,16 @@ async def test_sec_35_the_rest_counts_when_the_time_is_up() -> None:
     assert all(one.done() for one in found.changed)
 
 
+async def test_sec_35_nobody_waits_for_what_does_not_come() -> None:
+    """SEC-35: a UID that may not be learnt is absent at once, and the reason says why."""
+    source = SourceOfPods()
+    source.beside_problem = "it does not let us"
+    pods = a_table(POD, namespaces=True)
+    found = at_once(an_attestor(pods=pods, source=source))
+    assert "ns:shop" in values(found.selectors)
+    assert found.missing == "namespace shop is not known: it does not let us"
+
+
 # Stale
 
 
