@@ -29,6 +29,11 @@ def plain() -> None:
     vectors = Path(os.environ.get("VECTORS", ""))
     if not (vectors / "wycheproof").is_dir():
         left_out("Wycheproof and x509-limbo", "set VECTORS to the folder that holds them")
+    if "KUBECONFIG" not in os.environ:
+        left_out(
+            "a real Kubernetes cluster",
+            "set KUBECONFIG to an administrator's; a stand-in serves meanwhile",
+        )
     if shutil.which("openssl") is None:
         left_out(
             "openssl verify -x509_strict",
