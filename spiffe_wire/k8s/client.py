@@ -22,6 +22,11 @@ from spiffe_core.version import VERSION
 from spiffe_wire.k8s.credentials import Access, CredentialsError
 
 TIMEOUT: Final = timedelta(seconds=5)  # SEC-56: what hangs longer is a refusal
+CONNECT_SECONDS: Final = 3.0
+"""
+Less than callers wait: a TLS handshake that they cancel leaves its socket to the collector,
+one that times out by itself closes it.
+"""
 MAX_BODY_BYTES: Final = 64 * 1024 * 1024
 """A page of 500 pods with full status; a kubelet's whole list."""
 MAX_LINE_BYTES: Final = 4 * 1024 * 1024
@@ -208,7 +213,8 @@ class Client:
         return self._pool
 
     def _timeouts(self) -> dict[str, float]:
-        return dict.fromkeys(("connect", "read", "write", "pool"), self._timeout)
+        limits = dict.fromkeys(("read", "write", "pool"), self._timeout)
+        return {"connect": min(self._timeout, CONNECT_SECONDS), **limits}
 
     @asynccontextmanager
     async def _translated(self) -> AsyncIterator[None]:
