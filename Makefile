@@ -65,7 +65,7 @@ test-root: ## PID reuse, other uids, namespaces (needs root; says what it leaves
 test-docker: ## Tests that need a container engine (says what it leaves out)
 	@$(BOOT) dev
 	@$(PY) tools/tiers.py docker
-	$(PY) -m pytest -q -rs -m docker tests
+	$(PY) -m pytest -q -rs -m docker tests/docker
 
 wheel-test: ## Build the wheel, install it in an empty environment, run and migrate
 	@$(BOOT) dev

@@ -12,6 +12,7 @@ from spiffe_wire.frontdoor.peer import PeerProof, PidFd, UnixPeer
 from tests.support.children import a_child
 from tests.support.contained import a_workload
 from tests.support.containers import IMAGE, Container, Engine, hierarchies
+from tests.support.podstack import QUICK
 from tests.support.programs import Programs
 from tests.support.stack import a_stack
 from workload_api.attestors.docker import DockerAttestor
@@ -131,7 +132,7 @@ async def test_sec_35_an_identity_by_label(engine: Engine) -> None:
     """SEC-35: from connect() in a container to an SVID by its label; without it the reason."""
     settings = {
         "docker": {"workloads": True, "socket": str(engine.socket)},
-        "workloads": {"no_identity_grace": "100ms"},
+        "workloads": QUICK,
     }
     async with a_stack(agent_changes=settings) as stack:
         await stack.server.add_entry("/web", stack.agent.agent_id, "docker:label:app:web")

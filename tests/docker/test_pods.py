@@ -107,6 +107,15 @@ async def test_sec_33_an_svid_by_account(
         assert "k8s:container-name:app" in learnt
 
 
+async def test_sec_33_a_static_pod(engine: Engine, stack: PodStack) -> None:
+    """SEC-33: a pod of the kubelet's own files is known by the hash that its cgroup names."""
+    pod = a_pod(stack, "static-n1", namespace="parts", static=True)
+    digest = pod.body["metadata"]["annotations"]["kubernetes.io/config.hash"]
+    assert digest != pod.uid
+    async with a_pod_workload(engine, stack, pod, cgroup=pod_cgroup(digest)) as workload:
+        await workload.gets("/app")
+
+
 async def test_sec_33_two_containers_of_a_pod(engine: Engine, stack: PodStack) -> None:
     """SEC-33: each container of a pod has an identity of its own, and not its neighbour's."""
     pod = a_pod(stack, "pair", namespace="parts", containers=("app", "proxy"))

@@ -7,6 +7,7 @@ import pytest_asyncio
 
 from tests.support.contained import a_workload
 from tests.support.containers import Engine
+from tests.support.podstack import QUICK
 from tests.support.stack import Stack, a_stack
 
 pytestmark = [pytest.mark.docker, pytest.mark.asyncio(loop_scope="module")]
@@ -33,7 +34,7 @@ asyncio.run(ask())
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stack() -> AsyncIterator[Stack]:
     """A server and an agent on the host."""
-    async with a_stack() as made:
+    async with a_stack(agent_changes={"workloads": QUICK}) as made:
         await made.server.add_entry("/user", made.agent.agent_id, f"unix:uid:{UID}")
         await made.agent.until_svids(1)
         yield made
