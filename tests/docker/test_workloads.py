@@ -14,22 +14,6 @@ pytestmark = [pytest.mark.docker, pytest.mark.asyncio(loop_scope="module")]
 
 UID = 61_234
 
-CHILD = """
-import asyncio, os, sys
-from workload_api.client.client import WorkloadClient
-async def ask():
-    async with WorkloadClient() as client:
-        context = await client.fetch_x509()
-        print(*(one.svid.spiffe_id.path for one in context.identities))
-if len(sys.argv) == 1:
-    if os.fork():
-        os.waitpid(-1, 0)
-        sys.exit()
-    os.execv(sys.executable, [sys.executable, "-c", os.environ["CHILD"], "child"])
-asyncio.run(ask())
-"""
-"""Asks from a child of its own that became another program."""
-
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stack() -> AsyncIterator[Stack]:
