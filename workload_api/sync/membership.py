@@ -76,6 +76,7 @@ class Membership:
 
     def __post_init__(self) -> None:
         self._turn = asyncio.Lock()
+        self._switching = asyncio.Event()
         # Reset at half-life alone: two agents of one node would supersede each other at once.
         self._returns = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
 
@@ -107,6 +108,16 @@ class Membership:
                     await self.end(error)
                 self.failed("renewal_failed", error)
             await self._pause(backoff)
+
+    async def pause(self, seconds: float, since: int) -> None:
+        """
+        Return after *seconds*, or as soon as we have another SVID than when `switched` was
+        *since*: what was refused to the one before may be granted to this one.
+        """
+        if self.switched == since:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._switching.wait()
 
     async def denied(self, error: AgentDeniedError, since: int) -> None:
         """
@@ -181,6 +192,8 @@ class Membership:
                 await work()
                 self.switched += 1
                 self.dialer.cut()
+                self._switching.set()
+                self._switching = asyncio.Event()
         crash_point("agent.switched_over")
 
     async def _pause(self, backoff: Backoff) -> None:

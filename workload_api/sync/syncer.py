@@ -157,7 +157,8 @@ class Syncer:
             self.state.connected = False
             pause = backoff.next().total_seconds()
             # A server that cannot be reached is dialled at the dialer's pace, not at ours too.
-            await asyncio.sleep(min(pause, TICK) if self.dialer.problem else pause)
+            pause = min(pause, TICK) if self.dialer.problem else pause
+            await self.membership.pause(pause, since)
 
     async def _in_step(self, backoff: Backoff) -> None:
         """Follow the server's stream, or ask again and again when it has none."""

@@ -310,3 +310,16 @@ async def test_what_is_given_up_holds_nobody(what: str) -> None:
     async with asyncio.timeout(2):
         await log.exchange("y")
         await log.call("c")
+
+
+async def test_sec_106_with_another_svid_nobody_waits_on(place: Place) -> None:
+    """SEC-106: a pause for what was refused to an old SVID ends when there is a new one."""
+    async with asyncio.timeout(5):
+        waiting = asyncio.create_task(place.member.pause(3600, 0))
+        await asyncio.sleep(0)
+        await place.member.denied(denied(Reason.AGENT_EXPIRED), 0)
+        await waiting
+        await place.member.pause(3600, 0)  # it has come already
+    started = asyncio.get_running_loop().time()
+    await place.member.pause(0.02, 1)
+    assert asyncio.get_running_loop().time() - started >= 0.015
