@@ -97,7 +97,8 @@ class Place:
         self, name: str, account: str, *, containers: tuple[str, ...] = ("web",), **labels: str
     ) -> "Running":
         """A pod like the example's, once its containers run."""
-        (box,) = EXAMPLE["containers"]
+        (given,) = EXAMPLE["containers"]
+        box = {key: value for key, value in given.items() if key != "startupProbe"}
         args = ["-c", "until issuer-agent watch -o json; do sleep 0.2; done"]
         spec = EXAMPLE | {
             "serviceAccountName": account,
