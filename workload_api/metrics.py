@@ -36,8 +36,8 @@ class AgentMetrics:
         )
         self.pods = Gauge("agent_pods", "Pods of this node", registry=self.registry)
         self.pods_awaited = Gauge(
-            "agent_pod_containers_awaited",
-            "Containers that processes are in and that nobody has told of",
+            "agent_pods_awaited",
+            "Pods that processes are in and of whose containers nobody has told",
             registry=self.registry,
         )
         self.pods_away = Gauge(

@@ -98,7 +98,7 @@ class K8sAttestor:
         if self._container(peer.pid) != ref:
             raise AttestationError("the process was moved to another cgroup meanwhile")
         if known is None:
-            raise self._not_yet(ref)
+            raise self._not_yet(ref.container_id, ref.pod_uid)
         return self._finding(known)
 
     def close(self) -> None:
@@ -107,11 +107,11 @@ class K8sAttestor:
     def _container(self, pid: int) -> ContainerRef | None:
         return container_of(self._read(pid), self._layout, self._view)
 
-    def _not_yet(self, ref: ContainerRef) -> NotYetError:
-        arrived, is_new = self._pods.arrival(ref.container_id)
+    def _not_yet(self, container_id: str, pod_uid: str) -> NotYetError:
+        arrived, is_new = self._pods.arrival(pod_uid)
         if is_new:
             self._source.want()
-        name = f"container {ref.container_id[:12]} of pod {ref.pod_uid}"
+        name = f"container {container_id[:12]} of pod {pod_uid}"
         problem = f": {self._source.problem}" if self._source.problem else ""
         return NotYetError(f"{self._source.name} has not told of {name}{problem}", arrived)
 

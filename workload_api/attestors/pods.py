@@ -22,7 +22,7 @@ from workload_api.attestors.protocol import AttestationError
 TOMBSTONES: Final = 1024
 """Deleted pods that are remembered, so that what is left of one fails at once, with reason."""
 MAX_AWAITED: Final = 4096
-"""Containers that somebody waits for; as many as there may be connections."""
+"""Pods that somebody waits for; as many as there may be connections."""
 _Key: TypeAlias = tuple[str, str]
 
 
@@ -145,20 +145,21 @@ class PodTable:
             )
         return self._known(tracked, container_id)
 
-    def arrival(self, container_id: str) -> "tuple[asyncio.Future[None], bool]":
+    def arrival(self, pod_uid: str) -> "tuple[asyncio.Future[None], bool]":
         """
-        Return a future that is done once `find` knows *container_id*, and whether it is new.
+        Return a future that is done once `find` may say more of a pod's containers, and
+        whether it is new.  That the pod was deleted is more, too.
 
         Raises:
             PodError: too many are waited for.
         """
-        found = self._awaited.get(container_id)
+        found = self._awaited.get(pod_uid)
         if found is not None:
             return found, False
         if len(self._awaited) >= MAX_AWAITED:
-            raise PodError("too many containers are waited for; try again")
+            raise PodError("too many pods are waited for; try again")
         found = asyncio.get_running_loop().create_future()
-        self._awaited[container_id] = found
+        self._awaited[pod_uid] = found
         return found, True
 
     def pod_for(self, entry_selectors: SelectorSet) -> str:
@@ -197,7 +198,7 @@ class PodTable:
 
     @property
     def awaited(self) -> int:
-        """How many containers are waited for."""
+        """Of how many pods somebody waits to hear."""
         return len(self._awaited)
 
     # --- told --------------------------------------------------------------------------------
@@ -275,7 +276,10 @@ class PodTable:
                 del self._by_container[container_id]
         for container_id in now - was:
             self._by_container[container_id] = tracked
-            self._arrived(container_id)
+        for uid in tracked.pod.cgroup_uids:
+            waiting = self._awaited.pop(uid, None)
+            if waiting is not None:
+                self._news.append(waiting)
         if tracked.changed is not None:
             self._news.append(tracked.changed)
             tracked.changed = None
@@ -291,11 +295,6 @@ class PodTable:
                 del self._postings[selector]
         for selector in now - was:
             self._postings.setdefault(selector, {})[uid] = tracked
-
-    def _arrived(self, container_id: str) -> None:
-        waiting = self._awaited.pop(container_id, None)
-        if waiting is not None:
-            self._news.append(waiting)
 
     def _tell(self) -> None:
         """Everything is as it now is: only then is anybody told."""

@@ -178,6 +178,6 @@ async def test_who_waits_has_a_server_that_was_away_asked(
             while not source.problem:
                 await asyncio.sleep(0.005)
         late = cluster.pod("late")
-        arrived, _ = table.arrival(late.container_id())
+        arrived, _ = table.arrival(late.uid)
         source.want()
         await asyncio.wait_for(arrived, 5)

@@ -140,6 +140,18 @@ async def test_a_container_that_is_not_there_yet() -> None:
     assert at_once(attestor).selectors
 
 
+async def test_sec_33_a_pod_that_is_deleted_is_not_waited_for() -> None:
+    """SEC-33: who waits for a container is refused as soon as its pod is deleted."""
+    pods = a_table(replace(POD, containers=()))
+    attestor = an_attestor(pods=pods)
+    with pytest.raises(NotYetError) as raised:
+        await attestor.attest(PEER)
+    pods.drop(POD)
+    assert raised.value.arrived.done()
+    with pytest.raises(PodError, match="was deleted"):
+        await attestor.attest(PEER)
+
+
 async def test_sec_35_the_reason_names_what_is_wrong_with_the_source() -> None:
     """SEC-35: whoever is refused for what nobody told us finds out why nobody did."""
     source = SourceOfPods()

@@ -18,13 +18,12 @@ from tests.support.k8s.cluster import FakeCluster, Pod
 from tests.support.k8s.kubelet import FakeKubelet
 from tests.support.k8s.pki import ClusterCa
 from tests.support.placed import AGENT, rules_of
-from tests.support.pods import an_id, values
+from tests.support.pods import a_uid, values
 from workload_api.attestors import kubelet as module
 from workload_api.attestors.kubelet import KubeletPods, kubelet_access
 from workload_api.attestors.pods import PodError, PodTable
 
 INTERVAL = timedelta(seconds=0.1)
-UNKNOWN = an_id(0xFFFF_FFFF)
 DEFAULT_PAUSE = module.LEAST_PAUSE
 
 
@@ -144,7 +143,7 @@ async def test_a_container_that_is_waited_for(tmp_path: Path) -> None:
         assert made.good == 1  # an hour later
         made.kubelet.freeze()
         pod = made.cluster.pod("web-1")
-        arrived, _ = made.table.arrival(pod.container_id())
+        arrived, _ = made.table.arrival(pod.uid)
         made.source.want()
         await made.until(lambda: made.good > 4)
         assert not arrived.done()
@@ -163,7 +162,7 @@ async def test_sec_80_it_is_not_asked_for_ever(
     monkeypatch.setattr(module, "WANTED_FOR", timedelta(seconds=0.2))
     async with asked(tmp_path, interval=timedelta(hours=1)) as made:
         await made.until(lambda: made.good == 1)
-        waiting, _ = made.table.arrival(UNKNOWN)
+        waiting, _ = made.table.arrival(a_uid(77))
         made.source.want()
         await asyncio.sleep(0.4)
         told = made.good
@@ -182,7 +181,7 @@ async def test_sec_80_many_who_wait_are_one_question(
         await made.until(lambda: made.good == 1)
         waiting = []
         for number in range(100):
-            waiting.append(made.table.arrival(an_id(number))[0])
+            waiting.append(made.table.arrival(a_uid(number))[0])
             made.source.want()
             await asyncio.sleep(0.003)
         assert 2 <= made.good <= 6

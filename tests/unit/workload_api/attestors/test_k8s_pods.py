@@ -173,33 +173,53 @@ async def test_without_container_selectors_the_pod_is_enough() -> None:
 # Who is told
 
 
-async def test_who_waits_for_a_container_is_told() -> None:
-    """One future for one container; done when the container is there, not with its pod."""
+async def test_who_waits_for_a_pod_is_told_of_each_step() -> None:
+    """One future for all who wait for one pod; done whenever there is more to find."""
+    pod, other = a_pod(1), a_pod(2)
+    waits = replace(pod, containers=(a_container(id=""),))
     table = a_table()
-    pod = a_pod(1)
-    arrived, is_new = table.arrival(its_id(pod))
-    again, is_new_again = table.arrival(its_id(pod))
-    assert (is_new, is_new_again, again is arrived) == (True, False, True)
-    table.put(replace(pod, containers=(a_container(id=""),)))
-    assert not arrived.done()
+    for is_known, step in [
+        (False, lambda: table.put(waits)),
+        (True, lambda: table.put(pod)),
+        (True, lambda: table.put(replace(pod, ephemeral_ids=frozenset({UNKNOWN})))),
+        (None, lambda: table.drop(pod)),
+    ]:
+        arrived, is_new = table.arrival(pod.uid)
+        again, is_new_again = table.arrival(pod.uid)
+        assert (is_new, is_new_again, again is arrived) == (True, False, True)
+        table.put(replace(other, labels={"step": str(is_known)}))
+        assert not arrived.done()
+        step()
+        assert arrived.done()
+        assert not table.awaited
+        if is_known is not None:
+            assert (table.find(its_id(pod), pod.uid) is not None) is is_known
+    with pytest.raises(PodError, match="was deleted"):
+        table.find(its_id(pod), pod.uid)
+
+
+async def test_who_waits_for_a_static_pod_is_told() -> None:
+    """A pod of the kubelet's files is waited for by the name that its cgroup has."""
+    table = a_table()
+    arrived, _ = table.arrival(HASH)
+    table.put(a_pod(1, config_hash=HASH))
+    assert arrived.done()
+
+
+async def test_without_container_selectors_the_pod_is_waited_for() -> None:
+    """With them off, who waits is told of the pod, whose containers need not be listed."""
+    pod = a_pod(1, containers=(a_container(id=""),))
+    table = a_table(container_selectors=False)
+    arrived, _ = table.arrival(pod.uid)
     table.put(pod)
     assert arrived.done()
-    assert not table.awaited
-
-
-async def test_a_debugging_container_is_not_waited_for_longer_than_it_takes() -> None:
-    """Who waits is told of a container also when it turns out to be one for debugging."""
-    pod = a_pod(1)
-    table = a_table(pod)
-    arrived, _ = table.arrival(UNKNOWN)
-    table.put(replace(pod, ephemeral_ids=frozenset({UNKNOWN})))
-    assert arrived.done()
+    assert table.find(UNKNOWN, pod.uid) is not None
 
 
 async def test_nothing_is_kept_for_those_who_left() -> None:
-    """SEC-80: a container that nobody waits for any more takes no room."""
+    """SEC-80: a pod that nobody waits for any more takes no room."""
     table = a_table()
-    waiting = [table.arrival(an_id(one))[0] for one in range(100)]
+    waiting = [table.arrival(a_uid(one))[0] for one in range(100)]
     assert table.awaited == 100
     del waiting[1:]
     gc.collect()
@@ -210,10 +230,10 @@ async def test_only_so_many_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
     """SEC-80: one over the limit is refused, and one that is waited for already is not."""
     monkeypatch.setattr(module, "MAX_AWAITED", 3)
     table = a_table()
-    waiting = [table.arrival(an_id(one))[0] for one in range(3)]
+    waiting = [table.arrival(a_uid(one))[0] for one in range(3)]
     with pytest.raises(PodError, match="too many"):
-        table.arrival(an_id(3))
-    assert table.arrival(an_id(0))[0] is waiting[0]
+        table.arrival(a_uid(3))
+    assert table.arrival(a_uid(0))[0] is waiting[0]
 
 
 CHANGES = {
