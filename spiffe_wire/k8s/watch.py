@@ -26,6 +26,8 @@ FIRST_PAUSE: Final = timedelta(milliseconds=100)
 LONGEST_PAUSE: Final = timedelta(seconds=10)
 HURRIED_PAUSE: Final = timedelta(seconds=1)
 """A server that fails is asked no more often, however many are in a hurry."""
+HURRIED_FOR: Final = timedelta(seconds=5)
+"""So long is waited for a pod (security requirements, table 1)."""
 WATCH_SECONDS: Final = (240, 300)
 """How long one watch is asked for, at random: agents must not all come back at once."""
 SILENCE: Final = timedelta(seconds=WATCH_SECONDS[1] + 15)
@@ -76,9 +78,11 @@ class Watch(Generic[_T]):
         self._sink = sink
         self._cluster = cluster
         self._version = ""
+        self._listed_at = 0.0
         self._backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._said = ""
         self._hurried = asyncio.Event()
+        self._hurried_until = 0.0
         self.synced = asyncio.Event()
         """Set once the first list is in."""
         self.problem = NOT_ASKED
@@ -103,6 +107,10 @@ class Watch(Generic[_T]):
                     continue  # the server ends every watch after a while: nothing was missed
             except GoneError:
                 self._version = ""
+                if time.monotonic() - self._listed_at > LONGEST_PAUSE.total_seconds():
+                    # It answers, and what is so old may well be gone: after it was away, what
+                    # came meanwhile must not wait for the long pause that this has led to.
+                    self._backoff.reset()
                 self._out_of_step("the API server keeps no changes from so long ago")
             except SpiffeError as error:
                 self._out_of_step(str(error))
@@ -116,19 +124,21 @@ class Watch(Generic[_T]):
             await self._pause()
 
     def hurry(self) -> None:
-        """Somebody waits for what may have come: do not wait out a long pause."""
+        """Somebody waits, for a while, for what may have come: make no long pauses."""
+        self._hurried_until = time.monotonic() + HURRIED_FOR.total_seconds()
         self._hurried.set()
 
     async def _pause(self) -> None:
         seconds = self._backoff.next().total_seconds()
         least = min(seconds, HURRIED_PAUSE.total_seconds())
         await asyncio.sleep(least)
-        try:
-            async with asyncio.timeout(seconds - least):
-                await self._hurried.wait()
-        except TimeoutError:
-            pass
-        self._hurried.clear()
+        if time.monotonic() >= self._hurried_until:
+            self._hurried.clear()
+            try:
+                async with asyncio.timeout(seconds - least):
+                    await self._hurried.wait()
+            except TimeoutError:
+                pass
 
     async def _list(self) -> None:
         found: list[_T] = []
@@ -154,7 +164,7 @@ class Watch(Generic[_T]):
         if not version:
             raise ClusterError("the API server's list has no resourceVersion")
         self._sink.replace(found)
-        self._version = version
+        self._version, self._listed_at = version, time.monotonic()
         self.synced.set()
 
     async def _follow(self) -> float:

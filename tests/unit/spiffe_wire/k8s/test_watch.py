@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from spiffe_wire.backoff import Backoff
 from spiffe_wire.k8s import watch as module
 from spiffe_wire.k8s.client import Client
 from spiffe_wire.k8s.credentials import access_of
@@ -331,6 +333,38 @@ async def test_sec_107_a_server_that_ends_watches_at_once(
         assert made.cluster.calls.count(verb="watch") < 15
 
 
+@pytest.mark.parametrize("is_old", [True, False], ids=["old", "just-listed"])
+async def test_sec_107_a_place_that_is_gone_is_left_at_once_but_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_old: bool
+) -> None:
+    """
+    SEC-107: an API server that comes back without its past is listed anew without the long
+    pause that its absence has led to; one that never keeps what it has just listed is not.
+    """
+
+    class Most(random.Random):
+        """The longest pause that there can be."""
+
+        def random(self) -> float:
+            return 0.999
+
+    pause = timedelta(0) if is_old else timedelta(minutes=1)
+    async with watched(tmp_path) as made:
+        await made.right()
+        monkeypatch.setattr(module, "LONGEST_PAUSE", pause)
+        made.watch._backoff = Backoff(timedelta(seconds=0.02), timedelta(minutes=1), Most())
+        for _ in range(12):
+            made.watch._backoff.next()
+        made.cluster.expire_watches()
+        await made.until(lambda: made.watch.problem)
+        if is_old:
+            await made.until(lambda: made.lists() == 2)
+            await made.right()
+        else:
+            await asyncio.sleep(0.3)
+            assert made.lists() == 1
+
+
 async def test_sec_107_who_waits_shortens_a_long_pause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +376,29 @@ async def test_sec_107_who_waits_shortens_a_long_pause(
         await made.right()
         made.cluster.cut_watches()
         await made.until(lambda: made.watch.problem)
+        made.cluster.faults.fail(503, times=3)  # and again, for as long as somebody waits
         made.cluster.pod("awaited")
         made.watch.hurry()
         await made.right()
+
+
+async def test_sec_107_nobody_is_in_a_hurry_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SEC-107: once those who waited have given up, pauses are as long as before."""
+    monkeypatch.setattr(module, "LONGEST_PAUSE", timedelta(hours=1))
+    monkeypatch.setattr(module, "FIRST_PAUSE", timedelta(hours=1))
+    monkeypatch.setattr(module, "HURRIED_PAUSE", timedelta(seconds=0.01))
+    monkeypatch.setattr(module, "HURRIED_FOR", timedelta(seconds=0.1))
+    async with watched(tmp_path) as made:
+        await made.right()
+        made.cluster.faults.fail(503)
+        made.cluster.cut_watches()
+        await made.until(lambda: made.watch.problem)
+        before = len(made.cluster.calls.made)
+        made.watch.hurry()
+        await asyncio.sleep(0.4)
+        asked = len(made.cluster.calls.made)
+        assert asked > before
+        await asyncio.sleep(0.1)
+        assert len(made.cluster.calls.made) == asked
