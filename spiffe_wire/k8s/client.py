@@ -20,6 +20,7 @@ import httpcore
 from spiffe_core.errors import NotReadyError
 from spiffe_core.version import VERSION
 from spiffe_wire.k8s.credentials import Access, CredentialsError
+from spiffe_wire.k8s.network import Network
 
 TIMEOUT: Final = timedelta(seconds=5)  # SEC-56: what hangs longer is a refusal
 CONNECT_SECONDS: Final = 3.0
@@ -203,6 +204,7 @@ class Client:
                 max_connections=16,
                 keepalive_expiry=60,
                 socket_options=_SOCKET_OPTIONS,
+                network_backend=Network(),
             )
             if self._pool is not None:
                 self._retired.append(self._pool)  # streams of it go on until they end

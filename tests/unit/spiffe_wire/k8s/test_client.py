@@ -258,6 +258,44 @@ async def test_a_watch_that_is_never_answered(tmp_path: Path) -> None:
         assert await client.page(PODS)
 
 
+@pytest.mark.parametrize("how", ["get", "watch", "cancelled"])
+async def test_a_handshake_that_is_never_answered(tmp_path: Path, how: str) -> None:
+    """Given up in its middle, by time or by whoever asked, a connection is closed."""
+    hung: list[asyncio.StreamWriter] = []
+    ended = asyncio.Event()
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        hung.append(writer)
+        while await reader.read(4096):
+            pass
+        ended.set()
+
+    listener = await asyncio.start_server(hang, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with FakeCluster() as cluster:
+        config = {"server": f"https://127.0.0.1:{port}"}
+        async with a_client(cluster, tmp_path, **config) as client:
+            if how == "get":
+                with pytest.raises(ClusterError, match="did not answer in time"):
+                    await client.get("/version")
+            elif how == "watch":
+                with pytest.raises(ClusterError, match="did not answer in time"):
+                    async with client.watch(PODS, {}, silence=SOON):
+                        raise AssertionError
+            else:
+                asking = asyncio.create_task(client.get("/version"))
+                while not hung:
+                    await asyncio.sleep(0.005)
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+            await asyncio.wait_for(ended.wait(), 5)
+    for writer in hung:
+        writer.close()
+    listener.close()
+    await listener.wait_closed()
+
+
 async def test_lines_that_come_in_pieces(tmp_path: Path) -> None:
     """An event may come in any number of pieces, and several at once; empty lines are none."""
     async with FakeCluster() as cluster, a_client(cluster, tmp_path) as client:
