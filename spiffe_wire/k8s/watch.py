@@ -31,6 +31,8 @@ HURRIED_FOR: Final = timedelta(seconds=5)
 WATCH_SECONDS: Final = (240, 300)
 """How long one watch is asked for, at random: agents must not all come back at once."""
 SILENCE: Final = timedelta(seconds=WATCH_SECONDS[1] + 15)
+BOOKMARKED_SILENCE: Final = timedelta(seconds=150)
+"""Of a server that sends bookmarks: real ones do once a minute [recorded of 1.20.2]."""
 SHORTEST: Final = 1.0
 """Seconds; a server that ends watches sooner is asked again as one that fails."""
 NOT_ASKED: Final = "not asked yet"
@@ -79,6 +81,7 @@ class Watch(Generic[_T]):
         self._cluster = cluster
         self._version = ""
         self._listed_at = 0.0
+        self._has_bookmarks = False
         self._backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._said = ""
         self._hurried = asyncio.Event()
@@ -181,10 +184,19 @@ class Watch(Generic[_T]):
         ) as events:
             started = time.monotonic()
             self._in_step()
-            async for one in events:
-                self._take(one)
-                self._backoff.reset()
+            async with asyncio.timeout(None) as limit:
+                self._expect(limit)
+                async for one in events:
+                    self._take(one)
+                    self._backoff.reset()
+                    self._expect(limit)
         return time.monotonic() - started
+
+    def _expect(self, limit: asyncio.Timeout) -> None:
+        # A server that hangs looks as one to which nothing happens, unless it sends bookmarks.
+        if self._has_bookmarks:
+            now = asyncio.get_running_loop().time()
+            limit.reschedule(now + BOOKMARKED_SILENCE.total_seconds())
 
     def _take(self, given: Any) -> None:
         what, item = given.get("type"), given.get("object")
@@ -205,6 +217,8 @@ class Watch(Generic[_T]):
             parsed = self._parsed(item)
             if parsed is not None:
                 self._sink.put(parsed)
+        elif what == "BOOKMARK":
+            self._has_bookmarks = True
         if version:  # a bookmark has nothing else
             self._version = str(version)
 

@@ -260,6 +260,30 @@ async def test_a_disturbance_of_hours_is_no_new_list(tmp_path: Path) -> None:
         assert made.lists() == 1
 
 
+async def test_sec_35_a_server_that_hangs_is_noticed_by_its_bookmarks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SEC-35: one that told of nothing for long, and used to say so, is asked anew."""
+    monkeypatch.setattr(module, "BOOKMARKED_SILENCE", timedelta(seconds=0.2))
+    async with watched(tmp_path) as made:
+        await made.right()
+        made.cluster.silence()
+        made.cluster.pod("unseen")
+        await asyncio.sleep(0.3)
+        assert len(made.table.pods) == 3  # it never sent any, so that it may just be quiet
+        assert made.cluster.calls.count(verb="watch") == 1
+        made.cluster.bookmark()
+        await made.until(lambda: made.cluster.calls.count(verb="watch") == 2)
+    async with watched(tmp_path) as made:
+        await made.right()
+        made.cluster.bookmark()
+        await made.until(lambda: made.watch._version == str(made.cluster.store.version))
+        made.cluster.silence()
+        made.cluster.pod("unseen")
+        await made.right()
+        assert made.lists() == 1
+
+
 async def test_rbac_withdrawn_and_given_back(tmp_path: Path) -> None:
     """Who may no longer ask keeps what is known, says why, and goes on when he may again."""
     async with watched(tmp_path) as made:
