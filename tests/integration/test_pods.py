@@ -24,6 +24,7 @@ from tests.support.endpoint import ending, fetch, read, says_nothing
 from tests.support.k8s.objects import Container
 from tests.support.placed import AGENT, ClusterStack, a_cluster_stack
 from tests.support.stack import ROOT, TRUST_DOMAIN
+from workload_api.attestors.registry import Attestation
 
 DENIED = grpc.StatusCode.PERMISSION_DENIED
 WEB = ("k8s:cluster:demo", "k8s:ns:shop", "k8s:sa:web")
@@ -225,6 +226,33 @@ async def test_a_process_that_is_earlier_than_its_pods_status() -> None:
             stack.cluster.start_container(pod, id=started)
             assert ids(await asyncio.wait_for(reading, 5)) == ["/web"]
             assert stack.cluster.calls.count(verb="list") == lists  # nothing was polled
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["told-at-last", "never-told"])
+async def test_a_kubelet_that_is_late_denies_nobody(
+    monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    """
+    Who calls long before its container is told of is held until it is, though it was attested
+    without it; one that is never told of is refused in the end.
+    """
+    kwargs = Attestation.__init__.__kwdefaults__
+    monkeypatch.setitem(kwargs, "timeout", timedelta(seconds=0.2))
+    grace = timedelta(seconds=1 if is_told else 0.04)
+    async with a_cluster_stack(grace=grace) as stack:
+        pod = stack.cluster.pod(containers=[waiting()])
+        await stack.add_entry("/web", *WEB)
+        started = "ef" * 32
+        text = f"0::/kubepods/burstable/pod{pod.uid}/{started}\n".encode()
+        async with stack.process(text=text) as caller:
+            reading = await pending(fetch(caller.stub), for_=0.5)
+            if is_told:
+                await asyncio.sleep(grace.total_seconds())
+                assert not reading.done(), "held for longer than who is merely nobody"
+                stack.cluster.start_container(pod, id=started)
+                assert ids(await asyncio.wait_for(reading, 5)) == ["/web"]
+            else:
+                await denied(reading)
 
 
 async def test_a_container_started_anew_is_another_container() -> None:

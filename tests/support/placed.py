@@ -110,6 +110,7 @@ async def a_cluster_stack(
     kubelet: bool = False,
     start_cluster: bool = True,
     status_port: int = 0,
+    grace: timedelta = timedelta(0),
     rights: Iterable[tuple[str, str, frozenset[str]]] | None = None,
     **changes: Any,
 ) -> AsyncIterator[ClusterStack]:
@@ -117,6 +118,7 @@ async def a_cluster_stack(
     All of it on node n1; *changes* are fields of `Kubernetes`.
 
     *kubelet*: pods come from the kubelet of n1 alone, which is `cluster.kubelets["n1"]`.
+    *grace*: for how long the agent holds back who is nobody.
     *rights*: what the agent may ask; what the manifests grant unless told otherwise.
     """
     if rights is None:
@@ -139,7 +141,7 @@ async def a_cluster_stack(
             here = ServerHere(server.settings.admin_socket_path, server.port)
             found = ClusterStack(folder, cluster, here)
             token = await here.join_token()
-            settings = await _settings(found, changes)
+            settings = await _settings(found, grace, changes)
             settings = replace(settings, status=config.Status(port=status_port))
             if not start_cluster:
                 await cluster.stop()
@@ -156,7 +158,9 @@ async def a_cluster_stack(
             yield found
 
 
-async def _settings(stack: ClusterStack, changes: Mapping[str, Any]) -> config.AgentSettings:
+async def _settings(
+    stack: ClusterStack, grace: timedelta, changes: Mapping[str, Any]
+) -> config.AgentSettings:
     folder, cluster = stack.folder, stack.cluster
     bundle = folder / "bundle.pem"
     bundle.write_text(await stack.server.bundle_pem())
@@ -175,7 +179,7 @@ async def _settings(stack: ClusterStack, changes: Mapping[str, Any]) -> config.A
         admin_socket=folder / "a" / "admin.sock",
         kubernetes=replace(kubernetes, **changes),
         server=config.Server(port=stack.server.port, trust_bundle=bundle),
-        workloads=config.Workloads(no_identity_grace=timedelta(0)),
+        workloads=config.Workloads(no_identity_grace=grace),
     )
 
 

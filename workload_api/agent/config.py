@@ -44,7 +44,8 @@ class Workloads:
 
     key_type: KeyKind = setting("Key of new X509-SVIDs", KeyKind.EC_P256)
     no_identity_grace: timedelta = setting(
-        "How long FetchX509SVID holds a caller without an identity before it says so",
+        "How long FetchX509SVID holds a caller without an identity before it says so; 15 times "
+        "as long while its platform has yet to tell of its container",
         timedelta(seconds=2),
     )
     peer_proof: PeerPolicy = setting(

@@ -55,6 +55,8 @@ class Attested:
     partial: Mapping[str, str] = field(default_factory=dict)
     changed: tuple["asyncio.Future[None]", ...] = ()
     """Each is done when a part of it may be true no longer: attest anew then."""
+    is_late: bool = False
+    """Its platform has yet to tell of it; one of `changed` is done when it has."""
 
 
 class WorkloadAttestor(Protocol):

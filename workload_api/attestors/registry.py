@@ -103,7 +103,8 @@ class Attestation:
         if not selectors and len(partial) == len(self._attestors):
             reasons = "; ".join(f"{name}: {why}" for name, why in partial.items())
             raise NotReadyError(f"workload attestation failed: {reasons}")
-        return Attested(selectors, partial, tuple(changed))
+        is_late = any(isinstance(one, NotYetError) for one in found)
+        return Attested(selectors, partial, tuple(changed), is_late)
 
     def close(self) -> None:
         """The agent ends."""
