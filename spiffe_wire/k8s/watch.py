@@ -183,6 +183,9 @@ class Watch(Generic[_T]):
             self._kind.path, params, silence=SILENCE, metadata_only=self._kind.metadata_only
         ) as events:
             started = time.monotonic()
+            # Of this server: one that was started anew sends none of a kind until it has seen a
+            # change of one [1.20.2].
+            self._has_bookmarks = False
             self._in_step()
             async with asyncio.timeout(None) as limit:
                 self._expect(limit)

@@ -284,6 +284,21 @@ async def test_sec_35_a_server_that_hangs_is_noticed_by_its_bookmarks(
         assert made.lists() == 1
 
 
+async def test_a_server_started_anew_may_send_no_bookmarks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one connection brought is not expected of the next: the server may be another."""
+    async with watched(tmp_path) as made:
+        await made.right()
+        made.cluster.bookmark()
+        await made.until(lambda: made.watch._version == str(made.cluster.store.version))
+        monkeypatch.setattr(module, "BOOKMARKED_SILENCE", timedelta(seconds=0.1))
+        made.cluster.cut_watches()
+        await made.until(lambda: made.cluster.calls.count(verb="watch") == 2)
+        await asyncio.sleep(0.3)
+        assert made.cluster.calls.count(verb="watch") == 2 and not made.watch.problem
+
+
 async def test_rbac_withdrawn_and_given_back(tmp_path: Path) -> None:
     """Who may no longer ask keeps what is known, says why, and goes on when he may again."""
     async with watched(tmp_path) as made:
