@@ -1,8 +1,8 @@
 """
 Builds the attestors that the settings ask for.
 
-What speaks HTTP is imported only here, and only when it is asked for: an agent that attests
-nothing but local processes loads no client of any cluster or container engine (A14).
+What reads cgroups or speaks HTTP is imported only here, and only when it is asked for: an
+agent that attests nothing but local processes loads neither (A14).
 """
 
 import asyncio
@@ -15,22 +15,13 @@ from typing import TYPE_CHECKING
 
 from spiffe_wire.settings import SettingsError
 from workload_api.agent.config import AgentSettings, Docker, Kubernetes, PodSource
-from workload_api.attestors.cgroup import (
-    ENGINE_PREFIXES,
-    HOST,
-    POD_PREFIXES,
-    CgroupLayout,
-    CgroupView,
-    PrefixError,
-    read_cgroup,
-)
-from workload_api.attestors.cgroupns import own_view
 from workload_api.attestors.protocol import WorkloadAttestor
 from workload_api.attestors.unix import UnixAttestor
 
 if TYPE_CHECKING:
     from spiffe_wire.k8s.client import Client
     from workload_api.attestors import k8s
+    from workload_api.attestors.cgroup import CgroupView
     from workload_api.attestors.pods import PodTable
 
 
@@ -65,6 +56,9 @@ async def build_attestors(
     async with contextlib.AsyncExitStack() as stack:
         made = Attestors(found)
         if settings.kubernetes.workloads or settings.docker.workloads:
+            from workload_api.attestors.cgroup import HOST
+            from workload_api.attestors.cgroupns import own_view
+
             # Texts that are given are taken as the node's own.
             view = await asyncio.to_thread(own_view) if read is None else HOST
             if settings.kubernetes.workloads:
@@ -72,12 +66,14 @@ async def build_attestors(
                     made = await _with_pods(stack, settings.kubernetes, found, view, read)
             if settings.docker.workloads:
                 with _prefixes_of("docker"):
-                    found.append(_docker(settings.docker, view, read or read_cgroup))
+                    found.append(_docker(settings.docker, view, read))
         yield made
 
 
 @contextlib.contextmanager
 def _prefixes_of(section: str) -> Iterator[None]:
+    from workload_api.attestors.cgroup import PrefixError
+
     try:
         yield
     except PrefixError as error:
@@ -88,9 +84,10 @@ async def _with_pods(
     stack: contextlib.AsyncExitStack,
     settings: Kubernetes,
     found: list[WorkloadAttestor],
-    view: CgroupView,
+    view: "CgroupView",
     read: Callable[[int], bytes] | None,
 ) -> Attestors:
+    from workload_api.attestors.cgroup import POD_PREFIXES, CgroupLayout, read_cgroup
     from workload_api.attestors.k8s import K8sAttestor
     from workload_api.attestors.pods import PodTable
 
@@ -120,8 +117,9 @@ async def _with_pods(
 
 
 def _docker(
-    settings: Docker, view: CgroupView, read: Callable[[int], bytes]
+    settings: Docker, view: "CgroupView", read: Callable[[int], bytes] | None
 ) -> WorkloadAttestor:
+    from workload_api.attestors.cgroup import ENGINE_PREFIXES, read_cgroup
     from workload_api.attestors.docker import DockerAttestor
 
     return DockerAttestor(
@@ -129,7 +127,7 @@ def _docker(
         prefixes=settings.cgroup_prefixes or ENGINE_PREFIXES,
         env=settings.environment,
         view=view,
-        read=read,
+        read=read or read_cgroup,
     )
 
 

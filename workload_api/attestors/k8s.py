@@ -8,6 +8,7 @@ the kubelet says whose.  A container that is known costs no call and no wait.
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import lru_cache, partial
 from typing import ClassVar, Final, Protocol
 
 from spiffe_wire.frontdoor.peer import UnixPeer
@@ -15,7 +16,6 @@ from workload_api.attestors.cgroup import (
     HOST,
     CgroupLayout,
     CgroupView,
-    ContainerRef,
     container_of,
     read_cgroup,
 )
@@ -24,6 +24,10 @@ from workload_api.attestors.protocol import AttestationError, Finding, NotYetErr
 
 LAG: Final = timedelta(seconds=5)
 """For how long what is not known of a pod may yet be on its way; SEC-35 has the same."""
+
+
+TEXTS_KEPT: Final = 1024
+"""Texts of `/proc/<pid>/cgroup` that were parsed before: of two nodes' full of containers."""
 
 
 class PodSource(Protocol):
@@ -82,20 +86,24 @@ class K8sAttestor:
         """*stale_limit*: for how long pods are believed while their source is away; 0: ever."""
         self._pods = pods
         self._source = source
-        self._layout = layout
-        self._view = view
+        # The same text places whoever has it in the same container, for as long as we live.
+        self._container_of = lru_cache(TEXTS_KEPT)(
+            partial(container_of, layout=layout, view=view)
+        )
         self._stale_limit = stale_limit
         self._read = read
         self._clock = clock
 
     async def attest(self, peer: UnixPeer) -> Finding:
         """See `WorkloadAttestor`; what is known is answered without waiting for anything."""
-        ref = self._container(peer.pid)
+        text = self._read(peer.pid)
+        ref = self._container_of(text)
         if ref is None or ref.pod_uid is None:
             return Finding()
         known = self._pods.find(ref.container_id, ref.pod_uid)
         # Nothing is waited for between the two, but the kernel may move a process at any time.
-        if self._container(peer.pid) != ref:
+        again = self._read(peer.pid)
+        if again != text and self._container_of(again) != ref:
             raise AttestationError("the process was moved to another cgroup meanwhile")
         if known is None:
             raise self._not_yet(ref.container_id, ref.pod_uid)
@@ -103,9 +111,6 @@ class K8sAttestor:
 
     def close(self) -> None:
         """Nothing is under way."""
-
-    def _container(self, pid: int) -> ContainerRef | None:
-        return container_of(self._read(pid), self._layout, self._view)
 
     def _not_yet(self, container_id: str, pod_uid: str) -> NotYetError:
         arrived, is_new = self._pods.arrival(pod_uid)
