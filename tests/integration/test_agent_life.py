@@ -24,7 +24,9 @@ import pytest_asyncio
 import yaml
 from cryptography.x509 import load_der_x509_certificate
 
+from issuer.api.agent import AgentServicer
 from spiffe_core.der import split_certificates
+from spiffe_core.errors import ForbiddenError
 from spiffe_wire.pb import workloadapi_pb2 as pb
 from spiffe_wire.pb import workloadapi_pb2_grpc
 from spiffe_wire.pb.spiffe_issuer.v1 import watch_pb2_grpc
@@ -427,8 +429,13 @@ class InThisLoop(ServerCalls):
 
 @pytest.fixture
 def no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers of this loop have every service but our own watch, as SPIRE's have."""
+    """Servers of this loop have no watch, and take no status, as SPIRE 1.13's."""
+
+    async def denied(*_: Any) -> None:
+        raise ForbiddenError("authorization denied for method …/PostStatus")
+
     monkeypatch.setattr(watch_pb2_grpc, "add_AgentWatchServicer_to_server", lambda *_: None)
+    monkeypatch.setattr(AgentServicer, "PostStatus", denied)
 
 
 @pytest.mark.usefixtures("no_watch")

@@ -20,6 +20,7 @@ from spiffe_core.bundle import Bundle
 from spiffe_core.crashpoints import crash_point
 from spiffe_core.entry import RegistrationEntry
 from spiffe_core.errors import (
+    ForbiddenError,
     InternalError,
     MalformedError,
     NotFoundError,
@@ -162,8 +163,13 @@ class Syncer:
 
     async def _in_step(self, backoff: Backoff) -> None:
         """Follow the server's stream, or ask again and again when it has none."""
-        with contextlib.suppress(UnsupportedError):  # a status is a courtesy (SPIRE API 9)
+        try:
             await self._post_status()
+        except AgentDeniedError:
+            raise
+        except (UnsupportedError, ForbiddenError) as error:
+            # A courtesy (SPIRE API 9), which SPIRE 1.13's server lets no agent do.
+            event(_log, logging.DEBUG, "status_not_posted", why=str(error))
         self.calls.is_offered = True
         try:
             await self._watch(backoff)
