@@ -34,6 +34,11 @@ def plain() -> None:
             "a real Kubernetes cluster",
             "set KUBECONFIG to an administrator's; a stand-in serves meanwhile",
         )
+    if not os.environ.get("SPIRE_BIN"):
+        left_out(
+            "SPIRE's own agent, server and command line",
+            "set SPIRE_BIN to the folder of spire-agent and spire-server (CONTRIBUTING.md)",
+        )
     if shutil.which("openssl") is None:
         left_out(
             "openssl verify -x509_strict",
