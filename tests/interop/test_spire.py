@@ -27,7 +27,7 @@ from spiffe_wire.pb.spire.api.server.bundle.v1 import bundle_pb2
 from tests.support.callers import eventually
 from tests.support.programs import ran
 from tests.support.psat import agent_pod
-from tests.support.stack import a_folder, entry_message
+from tests.support.stack import a_folder, a_stack, entry_message
 from tests.support.verifying import Verified, a_place
 from workload_api.agent import app as agent_app
 from workload_api.agent import config as agent_config
@@ -293,3 +293,23 @@ async def test_our_agent_under_its_server() -> None:
                     context = await client.fetch_x509()
                 (identity,) = context.identities
                 assert identity.svid.spiffe_id.uri == "spiffe://example.org/me"
+
+
+async def test_its_client_at_our_agent() -> None:
+    """SPIRE's own client, which is go-spiffe's, gets SVIDs of our agent and validates them."""
+    async with a_stack() as stack:
+        await stack.server.add_entry("/me", stack.agent.agent_id, ME)
+        await stack.agent.until_svids(1)
+        where = ("-socketPath", stack.agent.workload_socket)
+
+        async def typed(*words: str) -> str:
+            got = await ran(PROGRAMS / "spire-agent", "api", *words, *where)
+            assert got.code == 0, got.out + got.err
+            return got.out
+
+        assert "spiffe://example.org/me" in await typed("fetch", "x509")
+        said = await typed("fetch", "jwt", "-audience", "a")
+        assert "token(spiffe://example.org/me)" in said
+        token = said.split("token(spiffe://example.org/me):")[1].split()[0]
+        said = await typed("validate", "jwt", "-audience", "a", "-svid", token)
+        assert "spiffe://example.org/me" in said
