@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+import yaml
 
 from issuer.config import Svids
 from spiffe_core import crashpoints
@@ -193,6 +194,27 @@ async def test_it_joins_and_restarts(place: Place) -> None:
     assert node.agent.agent_id == node.id
     assert len(node.logged("node_attested")) == 1
     assert len(place.cluster.calls.of(plural="tokenreviews")) == before
+    node.agent.process.stop()
+
+
+async def test_an_agent_that_proves_itself_otherwise_now(place: Place) -> None:
+    """An agent of a join token whose settings name k8s_psat is who its pod's token says."""
+    node = await place.prepared(node_attestor="join_token")
+    settings = yaml.safe_load(node.agent.config.read_text())
+    token = node.agent.folder / "join-token"
+    token.write_text(await place.server.join_token())
+    node.agent.config.write_text(yaml.safe_dump(settings | {"join_token_file": str(token)}))
+    await node.agent.start()
+    assert "/join_token/" in node.agent.agent_id
+    node.agent.process.stop()
+    settings["node_attestor"] = "k8s_psat"
+    node.agent.config.write_text(yaml.safe_dump(settings))
+    await node.agent.start()
+    assert node.agent.agent_id == node.id
+    node.agent.process.stop()
+    await node.agent.start()
+    assert node.agent.agent_id == node.id
+    assert len(node.logged("node_attested")) == 2
     node.agent.process.stop()
 
 

@@ -112,6 +112,10 @@ async def serve(
         node = NodeIdentity(trust_domain, storage, cache, _now)
         proof = _proof_of(settings, join_token)
         known = await node.load()
+        if known and proof.can_repeat and not node.is_proved_by(proof.type):
+            # Its settings name another proof since: it is to be another agent.
+            event(_log, logging.WARNING, "node_attestor_changed", to=proof.type)
+            known = False
         if not known and not proof.is_given and not served_before:
             raise NoWayToAttestError(proof.what_to_do(node.expired_at))
         inner = without_leftovers(settings.runtime_dir / "inner")

@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 
+from spiffe_core.agent import AGENT_PREFIX
 from spiffe_core.authority import X509Authority
 from spiffe_core.bundle import Bundle, BundleSet
 from spiffe_core.bundle_document import bundle_from_document
@@ -183,6 +184,11 @@ class NodeIdentity:
             raise error_of(error) from error
         await self._take(tuple(answer.svid.cert_chain), key, reattestable=False)
         event(_log, logging.INFO, "own_svid_renewed", until=self._own().validity.not_after)
+
+    def is_proved_by(self, attestation_type: str) -> bool:
+        """True when our name is one that attestors of that type give."""
+        prefix = f"{AGENT_PREFIX}{attestation_type}/"
+        return self.svid is not None and self.svid.spiffe_id.path.startswith(prefix)
 
     def is_good(self) -> bool:
         """True while our own SVID has not ended, by our own clock."""
