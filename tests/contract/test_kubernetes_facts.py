@@ -500,7 +500,7 @@ async def test_a_kubelet_and_permission(api: Api) -> None:
             for plural in ("clusterrolebindings", "clusterroles"):
                 await api.ask("DELETE", f"{path}/{plural}/{name}")
     assert (answer.status, answer.body["kind"]) == (200, "PodList")
-    assert all("kind" not in one for one in answer.body["items"])
+    assert all("kind" not in one for one in answer.body["items"] or ())  # none is null
 
 
 # Reading objects.
@@ -576,6 +576,7 @@ async def test_selectors(api: Api, query: str, names: set[str]) -> None:
     assert {one["metadata"]["name"] for one in body["items"]} == names
 
 
+YOUNG = "this API server has forgotten nothing yet: it does five minutes after its start"
 ODD = {
     "version": ("GET", "{here}/pods?resourceVersion=abc", 500, "invalid syntax"),
     "watch-version": ("GET", "{here}/pods?watch=1&resourceVersion=abc", 500, "invalid syntax"),
@@ -603,6 +604,8 @@ async def test_odd_requests(api: Api, case: str) -> None:
         api.cluster.compact()
     body = {} if method != "GET" else None
     answer = await api.ask(method, path.format(here=api.here), body)
+    if api.is_real and status == 410 and answer.status == 200:
+        pytest.skip(YOUNG)
     assert (answer.status, answer.body["code"], answer.body["kind"]) == (
         status,
         status,
@@ -879,8 +882,11 @@ async def test_a_watch_of_a_version_that_is_gone(api: Api) -> None:
     """The answer is 200 and then one ERROR event, 410 Expired, and the end."""
     if api.cluster is not None:
         api.cluster.compact()
-    async with api.watch(f"{api.here}/pods?watch=1&resourceVersion=1") as events:
+    query = "watch=1&resourceVersion=1&timeoutSeconds=5"
+    async with api.watch(f"{api.here}/pods?{query}") as events:
         found = [event async for event in events]
+    if api.is_real and (not found or found[0]["type"] != "ERROR"):
+        pytest.skip(YOUNG)
     [event] = found
     assert event["type"] == "ERROR"
     status = event["object"]
@@ -897,6 +903,8 @@ async def test_a_watch_ends_in_time_with_a_bookmark(api: Api) -> None:
         found = [event async for event in events]
     assert found[0]["type"] == "ADDED"
     last = found[-1]
+    if api.is_real and len(found) == 1:
+        pytest.skip("a server that has seen no change of a kind since its start sends none")
     assert last["type"] == "BOOKMARK"
     assert last["object"]["kind"] == "Pod"
     version = int(last["object"]["metadata"]["resourceVersion"])
