@@ -174,7 +174,9 @@ async def test_sec_32_all_selectors_of_another_user(open_folder: Path) -> None:
     attestor = UnixAttestor()
     options = {"user": 1, "group": 2, "extra_groups": [3, 4_000_000]}
     with a_child(program, "60", **options) as child:
-        found = {str(one) for one in (await attestor.attest(child.peer(uid=1, gid=2))).selectors}
+        found = {
+            str(one) for one in (await attestor.attest(child.peer(uid=1, gid=2))).selectors
+        }
     attestor.close()
     assert {
         "unix:uid:1", "unix:user:daemon", "unix:gid:2", "unix:group:bin",
