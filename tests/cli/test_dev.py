@@ -274,6 +274,7 @@ async def test_ctrl_c_is_the_commands(files: dict[str, str]) -> None:
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
+    seen: list[bytes] = []
     try:
         for typed, wanted in (
             (b"", b"ready"),
@@ -284,7 +285,8 @@ async def test_ctrl_c_is_the_commands(files: dict[str, str]) -> None:
             line = b""
             while wanted not in line:
                 line = await asyncio.wait_for(process.stdout.readline(), 20)
-                assert line, "it ended"
+                assert line, f"it ended, waiting for {wanted!r} after {seen}"
+                seen.append(line)
         assert await asyncio.wait_for(process.wait(), 20) == 5
     finally:
         with contextlib.suppress(ProcessLookupError):
