@@ -193,6 +193,9 @@ async def running(*arguments: str, lines: int, **variables: str) -> AsyncIterato
             (await asyncio.wait_for(process.stdout.readline(), 20)).decode().rstrip("\n")
             for _ in range(lines)
         ]
+        if not all(first):
+            _, err = await process.communicate()
+            raise AssertionError(f"it ended with {process.returncode}: {err.decode()}")
         yield Running(process, first)
     finally:
         if process.returncode is None:
