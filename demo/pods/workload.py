@@ -19,18 +19,11 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_der_private_key,
-)
-
 from spiffe_core.errors import SpiffeError
 from spiffe_core.matching import exactly
 from spiffe_core.spiffeid import SpiffeId
 from spiffe_core.x509svid import verify_x509_svid
+from spiffe_wire.frontdoor.tls import load
 from workload_api.client.client import WorkloadClient, X509Context
 
 PORT = 8443
@@ -123,17 +116,7 @@ class Workload:
         bundle = state.bundles[identity.svid.spiffe_id.trust_domain]
         context.load_verify_locations(cadata=bundle.x509_der())
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        key = load_der_private_key(identity.key, None)
-        # load_cert_chain() wants a path; a memory file keeps the key off the disk.
-        memory = os.memfd_create("svid")
-        try:
-            with os.fdopen(os.dup(memory), "wb") as file:
-                file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-                for der in identity.svid.chain:
-                    file.write(x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM))
-            context.load_cert_chain(f"/proc/self/fd/{memory}")
-        finally:
-            os.close(memory)
+        load(context, identity.svid.chain, identity.key)
         return context
 
     def peer_of(self, connection: ssl.SSLSocket, expect: str) -> str:

@@ -55,10 +55,14 @@ def client_context(
 
 def load(context: ssl.SSLContext, chain: Sequence[bytes], key: bytes) -> None:
     """Load certificate and key into *context* without a file on a disk."""
+    load_pem(context, (private_key_to_pem(key) + certificates_to_pem(chain)).encode())
+
+
+def load_pem(context: ssl.SSLContext, pem: bytes) -> None:
+    """Load what is PEM already: the key, and the chain with the leaf first."""
     memory = os.memfd_create("svid", os.MFD_CLOEXEC)
     try:
-        text = private_key_to_pem(key) + certificates_to_pem(chain)
-        os.write(memory, text.encode())
+        os.write(memory, pem)
         context.load_cert_chain(f"/proc/self/fd/{memory}")
     finally:
         os.close(memory)

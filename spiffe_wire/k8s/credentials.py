@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from spiffe_core.errors import MalformedError, PreconditionError
 from spiffe_wire import strictyaml
+from spiffe_wire.frontdoor.tls import load_pem
 
 SERVICE_ACCOUNT_FOLDER: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 MAX_BYTES: Final = 1024 * 1024
@@ -101,7 +102,7 @@ class Access:
         try:
             context.load_verify_locations(cadata=self.authorities.read().decode("ascii"))
             if self.certificate is not None and self.key is not None:
-                _load(context, self.key.read() + b"\n" + self.certificate.read())
+                load_pem(context, self.key.read() + b"\n" + self.certificate.read())
         except (ssl.SSLError, UnicodeDecodeError, ValueError) as error:
             raise CredentialsError(
                 f"{self.described}: a certificate or key in it is not PEM"
@@ -254,12 +255,3 @@ def _dict(given: Any, what: str) -> Mapping[str, Any]:
     if not isinstance(given, dict):
         raise MalformedError(f"{what} is not keys and values")
     return given
-
-
-def _load(context: ssl.SSLContext, pem: bytes) -> None:
-    memory = os.memfd_create("client", os.MFD_CLOEXEC)  # a key touches no disk for OpenSSL
-    try:
-        os.write(memory, pem)
-        context.load_cert_chain(f"/proc/self/fd/{memory}")
-    finally:
-        os.close(memory)
