@@ -60,7 +60,7 @@ again: ## What failed in the last run of tests, once more by itself
 test-root: ## PID reuse, other uids, namespaces (needs root; says what it leaves out)
 	@$(BOOT) dev
 	@$(PY) tools/tiers.py root
-	$(PY) -m pytest -q -rs -m root tests
+	$(PY) -m pytest -q -rs -m "root or apt" tests
 
 test-docker: ## Tests that need a container engine (says what it leaves out)
 	@$(BOOT) dev

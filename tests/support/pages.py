@@ -3,8 +3,9 @@ Plays the commands of a page of the docs, and sees that they answer as the page 
 
 A block ``console terminal-N`` is one terminal: lines after ``$ `` are typed, the lines below
 are what must be seen, where ``…`` stands for anything.  A command that holds ``…`` is one that
-the page asks to paste: it is looked up in what was printed before.  A block ``python`` or
-``yaml`` whose first line is ``# name`` is that file.  ``/srv/spiffe`` is the test's own folder.
+the page asks to paste: it is looked up in what was printed before.  A block of any other kind
+whose first line is ``# name`` (or ``// name``) is that file.  ``/srv/spiffe`` is the test's own
+folder.
 """
 
 import os
@@ -21,6 +22,7 @@ from tests.support.stack import ROOT
 
 PATIENCE = 20.0
 _BLOCK = re.compile(r"^```(\w+)(?: (terminal-\d))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"(?:#|//) ([\w./-]+)")
 _MARK = "-=done=-"
 
 
@@ -156,8 +158,8 @@ def play(page: str, folder: Path) -> None:
             if kind == "console":
                 assert name, "a console block names its terminal"
                 desk.play(name, body)
-            elif kind in ("python", "yaml") and first.startswith("# "):
-                (folder / first[2:]).write_text(body)
+            elif file := _FILE.fullmatch(first):
+                (folder / file[1]).write_text(body)
     finally:
         for terminal in desk.terminals.values():
             terminal.close()

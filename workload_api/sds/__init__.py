@@ -1,0 +1,1 @@
+"""Envoy's secret discovery service: SVIDs and bundles as Envoy wants them."""

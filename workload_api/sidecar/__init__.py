@@ -1,0 +1,1 @@
+"""SVIDs as files beside a program that knows nothing of SPIFFE."""
