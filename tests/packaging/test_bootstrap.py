@@ -1,4 +1,4 @@
-"""The set-up works where Debian's python3-venv, or a new enough pip, is missing."""
+"""The set-up works where python3-venv, a new enough pip or a wheel of Envoy is missing."""
 
 import importlib.util
 import os
@@ -28,6 +28,8 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "PYTHON", tmp_path / ".venv" / "bin" / "python")
+    monkeypatch.setattr(module, "ENVOY_VENV", tmp_path / ".venv-envoy")
+    monkeypatch.setattr(module, "LEFT_OUT", tmp_path / ".venv-envoy" / "left-out")
     return module
 
 
@@ -41,10 +43,10 @@ def test_a_machine_without_ensurepip(
     python.chmod(0o755)
     monkeypatch.setattr(bootstrap, "find_python", lambda: str(python))
 
-    bootstrap.make_venv()
+    bootstrap.make_venv(bootstrap.VENV)
 
-    assert bootstrap.works()
-    pip = bootstrap.pip_command()
+    assert bootstrap.works(bootstrap.VENV)
+    pip = bootstrap.pip_command(bootstrap.VENV)
     assert pip[-2:] == ["--python", str(bootstrap.PYTHON)]
     listed = subprocess.run(
         [*pip, "list", "--disable-pip-version-check"], capture_output=True, text=True
@@ -62,7 +64,7 @@ def test_no_pip_anywhere_says_what_to_do(
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", bootstrap.VENV], check=True)
 
     with pytest.raises(bootstrap.Refused, match="install python3-venv"):
-        bootstrap.pip_command()
+        bootstrap.pip_command(bootstrap.VENV)
 
 
 def test_an_old_python_says_what_to_do(
@@ -73,6 +75,78 @@ def test_an_old_python_says_what_to_do(
     monkeypatch.setattr(bootstrap.shutil, "which", lambda _: None)
     with pytest.raises(bootstrap.Refused, match=r"Python 3\.11 or newer"):
         bootstrap.find_python()
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "libc", "said"),
+    [
+        ("Linux", "riscv64", ("glibc", "2.36"), "no wheel for Linux on riscv64"),
+        ("Darwin", "x86_64", ("", ""), "no wheel for Darwin on x86_64"),
+        ("Linux", "aarch64", ("", ""), "its wheels need glibc 2.31 or newer"),
+        ("Linux", "x86_64", ("glibc", "2.28"), "its wheels need glibc 2.31 or newer"),
+    ],
+    ids=["machine", "system", "musl", "old-glibc"],
+)
+def test_no_envoy_for_this_machine(
+    bootstrap: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    system: str,
+    machine: str,
+    libc: tuple[str, str],
+    said: str,
+) -> None:
+    """Where no wheel of Envoy fits, each set-up says so and goes on; the tests know why."""
+    monkeypatch.setattr(bootstrap.platform, "system", lambda: system)
+    monkeypatch.setattr(bootstrap.platform, "machine", lambda: machine)
+    monkeypatch.setattr(bootstrap.platform, "libc_ver", lambda: libc)
+    for _ in range(2):
+        bootstrap.install_envoy()
+        assert capsys.readouterr().err == f"left out: tests with Envoy: {said}\n"
+    assert bootstrap.LEFT_OUT.read_text() == said
+
+
+def test_envoy_is_put_there_once_and_by_hash(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Envoy comes once, by hash, into an environment that needs no pip of its own."""
+    run, commands = bootstrap.run, []
+
+    def recorded(command: list[str]) -> None:
+        commands.append(command)
+        if "venv" in command:
+            run(command)
+
+    monkeypatch.setattr(bootstrap, "no_envoy_because", lambda: None)
+    monkeypatch.setattr(bootstrap, "run", recorded)
+    for _ in range(2):
+        bootstrap.install_envoy()
+    made, filled = commands
+    assert made[1:] == ["-m", "venv", "--without-pip", str(bootstrap.ENVOY_VENV)]
+    assert filled[1:5] == [
+        "-m",
+        "pip",
+        "--python",
+        str(bootstrap.ENVOY_VENV / "bin" / "python"),
+    ]
+    assert filled[-3:] == ["--require-hashes", "-r", str(ROOT / "requirements" / "envoy.txt")]
+
+
+@pytest.mark.parametrize(("wanted", "envoys"), [("run", 0), ("dev", 1)])
+def test_users_get_no_envoy(
+    bootstrap: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+    envoys: int,
+) -> None:
+    """Only the set for developing and testing brings the Envoy of the tests."""
+    called = []
+    monkeypatch.setattr(bootstrap, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(bootstrap, "install", lambda _: None)
+    monkeypatch.setattr(bootstrap, "install_envoy", lambda: called.append(1))
+    assert bootstrap.main([wanted]) == 0
+    assert len(called) == envoys
 
 
 def test_wrong_use_is_explained() -> None:
