@@ -27,7 +27,7 @@ class X509Material(Protocol):
 
     @property
     def bundles(self) -> BundleSet:
-        """The bundles of every trust domain that we may talk to; another object when changed."""
+        """The bundles of every domain that we may talk to; another object when changed."""
         ...
 
     def on_change(self, told: Callable[[], None]) -> Callable[[], None]:
