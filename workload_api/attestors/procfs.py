@@ -44,16 +44,18 @@ def parse_status(data: bytes) -> Status:
     # The name comes first and is the process's own choice.  The kernel escapes a newline in
     # it and nothing else, so lines end at newlines alone: Python's text mode also ends them
     # at a carriage return, and a process named "\rGroups:\t0\r" would choose its groups.
-    lines: dict[bytes, bytes] = {}
-    for line in data.split(b"\n"):
-        key, colon, value = line.partition(b":")
-        if colon:
-            lines.setdefault(key, value)
     try:
         return Status(
-            int(lines[b"Uid"].split()[1]),
-            int(lines[b"Gid"].split()[1]),
-            tuple(int(one) for one in lines[b"Groups"].split()),
+            int(_line(data, b"\nUid:").split()[1]),
+            int(_line(data, b"\nGid:").split()[1]),
+            tuple(int(one) for one in _line(data, b"\nGroups:").split()),
         )
-    except (KeyError, IndexError, ValueError) as error:
+    except (IndexError, ValueError) as error:
         raise AttestationError("the process's status cannot be read") from error
+
+
+def _line(data: bytes, start: bytes) -> bytes:
+    """The rest of the line that begins so; ValueError when there is none."""
+    at = data.index(start) + len(start)
+    end = data.find(b"\n", at)
+    return data[at:] if end < 0 else data[at:end]

@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final
 
@@ -32,6 +33,17 @@ PER_UID_LATE: Final = 100
 """Callers of one user that wait for the platform to tell of their container."""
 
 
+_Found = Finding | AttestationError
+
+
+@dataclass(eq=False, slots=True)
+class _Look:
+    """One look at a process, for every call on its connection that came before it began."""
+
+    task: "asyncio.Task[list[_Found] | None]" = field(init=False)
+    callers: int = 0
+
+
 class Attestation:
     """All attestors of this agent."""
 
@@ -42,6 +54,7 @@ class Attestation:
         self._timeout = timeout.total_seconds()
         self.slots = Slots(AT_ONCE, PER_UID)
         self._waiting: Counter[int] = Counter()
+        self._looks: dict[UnixPeer, _Look] = {}
 
     async def attest(self, peer: UnixPeer, *, patient: bool = True) -> Attested:
         """
@@ -74,20 +87,44 @@ class Attestation:
                 )
             peer.check_alive()
 
-    async def _all(self, peer: UnixPeer, ends_at: float) -> "list[Finding | AttestationError]":
+    async def _all(self, peer: UnixPeer, ends_at: float) -> list[_Found]:
+        # A push wakes every stream of a process at once, and a busy one calls without a pause:
+        # who comes before a look has begun gets what it saw, for it is as fresh as his own.
+        look = self._looks.get(peer)
+        if look is None:
+            look = self._looks[peer] = _Look()
+            look.task = asyncio.create_task(self._look(peer, look, ends_at))
+        look.callers += 1
         try:
-            async with asyncio.timeout_at(ends_at) as limit, self.slots.slot(peer.uid):
-                limit.reschedule(None)  # from here on each attestor has its own
-                found = await asyncio.gather(
-                    *(self._one(one, peer, ends_at) for one in self._attestors)
-                )
-        except TimeoutError as error:
-            raise NotReadyError("too many processes are being attested; try again") from error
+            found = await asyncio.shield(look.task)
+        finally:
+            look.callers -= 1
+            if not look.callers:
+                look.task.cancel()
+        if found is None:
+            raise NotReadyError("too many processes are being attested; try again")
         # Everything was read from /proc by number: only now is it known whose it is.
         peer.check_alive()
         return found
 
-    def _attested(self, found: "Sequence[Finding | AttestationError]") -> Attested:
+    async def _look(self, peer: UnixPeer, look: _Look, ends_at: float) -> list[_Found] | None:
+        """Return what each attestor found, or None if no slot came free in time."""
+        try:
+            async with asyncio.timeout_at(ends_at) as limit, self.slots.slot(peer.uid):
+                limit.reschedule(None)  # from here on each attestor has its own
+                del self._looks[peer]  # and whoever comes now has a look of his own
+                if len(self._attestors) == 1:
+                    return [await self._one(self._attestors[0], peer, ends_at)]
+                return await asyncio.gather(
+                    *(self._one(one, peer, ends_at) for one in self._attestors)
+                )
+        except TimeoutError:
+            return None
+        finally:
+            if self._looks.get(peer) is look:
+                del self._looks[peer]
+
+    def _attested(self, found: Sequence[_Found]) -> Attested:
         selectors: SelectorSet = frozenset()
         partial: dict[str, str] = {}
         changed = []
@@ -121,9 +158,7 @@ class Attestation:
             if not self._waiting[uid]:
                 del self._waiting[uid]
 
-    async def _one(
-        self, attestor: WorkloadAttestor, peer: UnixPeer, ends_at: float
-    ) -> "Finding | AttestationError":
+    async def _one(self, attestor: WorkloadAttestor, peer: UnixPeer, ends_at: float) -> _Found:
         try:
             async with asyncio.timeout_at(ends_at):
                 return await attestor.attest(peer)
@@ -137,7 +172,7 @@ class Attestation:
             return AttestationError("failed; the log says why")
 
 
-def _known(answer: "Finding | AttestationError") -> tuple[Finding, str]:
+def _known(answer: _Found) -> tuple[Finding, str]:
     """Return what holds of one attestor's answer, and why that is not all."""
     if isinstance(answer, Finding):
         return answer, answer.missing

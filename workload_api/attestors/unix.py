@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import ClassVar, Final
 
-from spiffe_core.selector import Selector
+from spiffe_core.selector import Selector, SelectorSet
 from spiffe_core.text import utf8_bytes
 from spiffe_wire.frontdoor.peer import UnixPeer
 from workload_api.attestors.executable import FileIdentity, digest_of, executable_of
@@ -19,7 +19,7 @@ from workload_api.attestors.procfs import read_status
 from workload_api.attestors.protocol import AT_ONCE, PER_UID, AttestationError, Finding
 from workload_api.attestors.workers import Workers
 
-HASHES_KEPT: Final = 1024
+KEPT: Final = 1024
 
 
 class UnixAttestor:
@@ -42,6 +42,7 @@ class UnixAttestor:
         self._groups = Names(look_up_group, self._workers)
         self._digests: OrderedDict[FileIdentity, str] = OrderedDict()
         self._hashing: dict[FileIdentity, asyncio.Task[str]] = {}
+        self._made: OrderedDict[frozenset[str], SelectorSet] = OrderedDict()
 
     async def attest(self, peer: UnixPeer) -> Finding:
         """See `WorkloadAttestor`."""
@@ -60,10 +61,7 @@ class UnixAttestor:
         # A program that changes its user when it starts must not lend its path to the caller.
         if read_status(peer.pid) != status:
             raise AttestationError("the process changed its user or group meanwhile")
-        # A path may be any bytes; what is not UTF-8 no entry can name.
-        return Finding(
-            frozenset(Selector(self.type, one) for one in found if utf8_bytes(one) is not None)
-        )
+        return Finding(self._selectors(frozenset(found)))
 
     def close(self) -> None:
         """Stop whatever is under way."""
@@ -72,6 +70,20 @@ class UnixAttestor:
         self._users.close()
         self._groups.close()
         self._workers.close()
+
+    def _selectors(self, values: frozenset[str]) -> SelectorSet:
+        """The same set for the same values, as it is asked for before every push."""
+        known = self._made.get(values)
+        if known is None:
+            # A path may be any bytes; what is not UTF-8 no entry can name.
+            known = frozenset(
+                Selector(self.type, one) for one in values if utf8_bytes(one) is not None
+            )
+            self._made[values] = known
+            while len(self._made) > KEPT:
+                self._made.popitem(last=False)
+        self._made.move_to_end(values)
+        return known
 
     async def _executable(self, peer: UnixPeer) -> set[str]:
         runs = await self._workers.run(peer.uid, executable_of, peer.pid)
@@ -105,5 +117,5 @@ class UnixAttestor:
         del self._hashing[identity]
         if not task.cancelled() and task.exception() is None:
             self._digests[identity] = task.result()
-            while len(self._digests) > HASHES_KEPT:
+            while len(self._digests) > KEPT:
                 self._digests.popitem(last=False)

@@ -153,8 +153,8 @@ async def test_sec_81_one_user_does_not_starve_another() -> None:
 
     attestation = Attestation([Fake(attest, "good")], timeout=timedelta(seconds=5))
     with a_child() as child:
-        one = child.peer(uid=1)
-        greedy = [asyncio.create_task(attestation.attest(one)) for _ in range(1000)]
+        many = [child.peer(uid=1) for _ in range(500)]
+        greedy = [asyncio.create_task(attestation.attest(one)) for one in many * 2]
         await asyncio.sleep(0)
         async with asyncio.timeout(1):
             assert (await attestation.attest(child.peer(uid=2))).selectors
@@ -168,8 +168,10 @@ async def test_waiting_counts_as_time() -> None:
     """SEC-80: five seconds are the limit with the waiting in them, and then: try again."""
     attestation = Attestation([hangs()], timeout=SOON)
     with a_child() as child:
-        peer = child.peer()
-        calls = [asyncio.create_task(attestation.attest(peer)) for _ in range(100)]
+        calls = [
+            asyncio.create_task(attestation.attest(one))
+            for one in [child.peer() for _ in range(100)]
+        ]
         async with asyncio.timeout(2):
             answers = await asyncio.gather(*calls, return_exceptions=True)
     texts = {str(one) for one in answers}
@@ -178,6 +180,53 @@ async def test_waiting_counts_as_time() -> None:
         "workload attestation failed: slow: took too long",
         "too many processes are being attested; try again",
     }
+
+
+@pytest.mark.parametrize("leaving", [0, 3, 9])
+async def test_sec_36_calls_of_one_connection_share_a_look(leaving: int) -> None:
+    """SEC-36: calls share a look that began after all of them came, and none that ran."""
+    began, go = [], asyncio.Event()
+
+    async def attest(_: UnixPeer) -> SelectorSet:
+        number = len(began)
+        began.append(number)
+        await go.wait()
+        return frozenset({Selector("look", str(number))})
+
+    attestation = Attestation([Fake(attest, "good")])
+    with a_child() as child:
+        one, another = child.peer(), child.peer()
+        early = [asyncio.create_task(attestation.attest(one)) for _ in range(10)]
+        other = asyncio.create_task(attestation.attest(another))
+        while len(began) < 2:
+            await asyncio.sleep(0)
+        late = asyncio.create_task(attestation.attest(one))
+        while len(began) < 3:
+            await asyncio.sleep(0)
+        for task in early[:leaving]:
+            task.cancel()
+        await asyncio.gather(*early[:leaving], return_exceptions=True)
+        go.set()
+        answers = await asyncio.gather(*early[leaving:], other, late)
+    assert [next(iter(one.selectors)).value for one in answers] == [
+        *["0"] * (10 - leaving), "1", "2",
+    ]  # fmt: skip
+    assert attestation.slots.held == 0
+
+
+async def test_sec_31_a_shared_look_of_a_process_that_ended() -> None:
+    """SEC-31: every call that shared a look is refused when the process ended meanwhile."""
+    with a_child() as child:
+
+        async def attest(_: UnixPeer) -> SelectorSet:
+            child.end()
+            return frozenset({Selector("a", "1")})
+
+        attestation, peer = Attestation([Fake(attest, "good")]), child.peer()
+        answers = await asyncio.gather(
+            *(attestation.attest(peer) for _ in range(3)), return_exceptions=True
+        )
+    assert [type(one) for one in answers] == [PeerGoneError] * 3
 
 
 async def test_a_caller_who_goes_away_frees_his_slot() -> None:
