@@ -83,11 +83,43 @@ class _Identity:
         )
 
 
+class _Pushed:
+    """What is sent to every held stream."""
+
+    def __init__(self) -> None:
+        self._next: asyncio.Future[bytes] | None = None
+
+    async def next(self) -> bytes:
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_future()
+        return await asyncio.shield(self._next)
+
+    def push(self, message: bytes) -> None:
+        if self._next is not None:
+            self._next.set_result(message)
+            self._next = None
+
+
 def _register(server: Any) -> None:
+    pushed = _Pushed()
+
     async def echo(request: bytes, context: Any) -> bytes:
         return request
 
-    handlers = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+    async def hold(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        yield request
+        while True:
+            yield await pushed.next()
+
+    async def push(request: bytes, context: Any) -> bytes:
+        pushed.push(request)
+        return b""
+
+    handlers = {
+        "Echo": grpc.unary_unary_rpc_method_handler(echo),
+        "Hold": grpc.unary_stream_rpc_method_handler(hold),
+        "Push": grpc.unary_unary_rpc_method_handler(push),
+    }
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("bench.Echo", handlers),)
     )
