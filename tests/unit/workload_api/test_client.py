@@ -409,9 +409,8 @@ async def test_nothing_is_left_open() -> None:
                 await anext(watching)
                 await watching.aclose()
         async with asyncio.timeout(5):
-            while agent.open:
+            while agent.open or open_files() > before:  # grpcio closes in a thread of its own
                 await asyncio.sleep(0.01)
-        assert open_files() <= before
 
 
 def test_keys_are_in_no_repr() -> None:
