@@ -6,7 +6,7 @@ It asks and parses, and repeats nothing; the sources beside it stay fresh by the
 
 import contextlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
@@ -94,7 +94,7 @@ class WorkloadClient:
     async def __aexit__(self, *_: object) -> None:
         await self._channel.close()
 
-    def watch_x509(self, broken: Broken | None = None) -> AsyncIterator[X509Context]:
+    def watch_x509(self, broken: Broken | None = None) -> AsyncGenerator[X509Context, None]:
         """
         Yield the full state at once, and at every change.
 
@@ -105,11 +105,15 @@ class WorkloadClient:
         """
         return self._x509(None, broken)
 
-    def watch_x509_bundles(self, broken: Broken | None = None) -> AsyncIterator[BundleSet]:
+    def watch_x509_bundles(
+        self, broken: Broken | None = None
+    ) -> AsyncGenerator[BundleSet, None]:
         """Yield the X.509 bundles of every trust domain at each change; see `watch_x509`."""
         return self._x509_bundles(None, broken)
 
-    def watch_jwt_bundles(self, broken: Broken | None = None) -> AsyncIterator[BundleSet]:
+    def watch_jwt_bundles(
+        self, broken: Broken | None = None
+    ) -> AsyncGenerator[BundleSet, None]:
         """Yield the JWT bundles of every trust domain at each change; see `watch_x509`."""
         return self._jwt_bundles(None, broken)
 
