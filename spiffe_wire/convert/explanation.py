@@ -1,5 +1,7 @@
 """Decisions as ``spiffe_issuer.v1.Explanation``, and the text a person reads."""
 
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Any
 
 from spiffe_core.decision import Decision
@@ -58,3 +60,24 @@ def text_of(decision: Decision, reason: str) -> str:
             for miss in decision.near_misses[:3]
         ]
     return "\n".join(lines)
+
+
+def add_sds_streams(explanation: Any, streams: Iterable[Any]) -> None:
+    """Say what a process asks for by SDS, in the message and in its text."""
+    for stream in streams:
+        explanation.sds_streams.append(stream)
+        explanation.text += "\n" + sds_text_of(stream)
+
+
+def sds_text_of(stream: Any) -> str:
+    """Say in a line what one ``SdsStream`` asks for, and how far it is."""
+    names = ", ".join(stream.names) or "everything"
+    said = {
+        "sent": f"sent version {stream.version}",
+        "accepted": f"Envoy has accepted version {stream.version}",
+        "refused": f"Envoy has refused version {stream.version}",
+    }.get(stream.state, "awaited")
+    if stream.state != "accepted" and stream.accepted_version:
+        said += f" and goes on with {stream.accepted_version}"
+    at = datetime.fromtimestamp(stream.since, UTC).isoformat().replace("+00:00", "Z")
+    return f"sds {names}: {said}, since {at}" + (f": {stream.reason}" if stream.reason else "")

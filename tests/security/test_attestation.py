@@ -274,10 +274,10 @@ async def test_sec_81_hundreds_of_calls_that_hang() -> None:
         endpoint.put(an_entry(id="web"))
         endpoint.told.answers.clear()
         calls = [fetch(stub) for _ in range(100)]
-        while endpoint.servicer.attestation.slots.held < 24:
+        while endpoint.callers.attestation.slots.held < 24:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.05)
-        assert endpoint.servicer.attestation.slots.held == 24
+        assert endpoint.callers.attestation.slots.held == 24
         endpoint.told.answers.set()
         for call in calls:
             assert await read(call)

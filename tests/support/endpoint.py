@@ -31,6 +31,7 @@ from tests.support.stack import a_folder
 from workload_api.attestors.protocol import Finding, WorkloadAttestor
 from workload_api.attestors.registry import Attestation
 from workload_api.cache.cache import Change, HeldSvid, WorkloadCache
+from workload_api.endpoint.following import Callers
 from workload_api.endpoint.responses import Responses
 from workload_api.endpoint.workload import WorkloadServicer, register
 from workload_api.metrics import AgentMetrics
@@ -86,6 +87,7 @@ class Endpoint:
     folder: Path
     socket: Path
     cache: WorkloadCache
+    callers: Callers
     servicer: WorkloadServicer
     told: Told
     door: FrontDoor
@@ -167,7 +169,7 @@ async def an_endpoint(
     """
     A Workload API of example.org that is in step with its server, and has no entry yet.
 
-    Callers have `SELECTOR`, or *selectors*; *changes* are fields of `WorkloadServicer`.
+    Callers have `SELECTOR`, or *selectors*; *changes* are fields of `Callers`.
     """
     told = Told(*(selectors or (SELECTOR,)))
     clock, ca = DrivenClock(NOW), FakeCa()
@@ -181,16 +183,9 @@ async def an_endpoint(
         attestors if attestors is not None else [told], timeout=attestation_timeout
     )
     tokens = TokenCache(cache, fetch_token or no_token, clock.now)
-    servicer = WorkloadServicer(
-        cache,
-        attestation,
-        tokens,
-        Responses(cache.trust_domain),
-        AgentMetrics(),
-        clock.now,
-        grace,
-    )
-    servicer = replace(servicer, **changes)
+    callers = replace(Callers(cache, attestation, clock.now), **changes)
+    responses = Responses(cache.trust_domain)
+    servicer = WorkloadServicer(callers, tokens, responses, AgentMetrics(), grace)
     with a_folder() as folder:
         async with FrontDoor(
             lambda server: register(servicer, server),
@@ -198,11 +193,13 @@ async def an_endpoint(
             interceptors=[SecurityHeaderInterceptor(), ErrorInterceptor()],
         ) as door:
             await door.listen_unix(folder / "s", mode=0o600)
-            made = Endpoint(folder, folder / "s", cache, servicer, told, door, ca, clock)
+            made = Endpoint(
+                folder, folder / "s", cache, callers, servicer, told, door, ca, clock
+            )
             try:
                 yield made
             finally:
-                servicer.stop()
+                callers.stop()
                 tokens.clear()
                 await asyncio.sleep(0)
                 attestation.close()

@@ -42,6 +42,7 @@ from workload_api.attestors.registry import Attestation
 from workload_api.cache.cache import WorkloadCache
 from workload_api.endpoint import reflection
 from workload_api.endpoint.admin import AdminServicer, AgentHealthServicer, WhoAmIServicer
+from workload_api.endpoint.following import Callers
 from workload_api.endpoint.responses import Responses
 from workload_api.endpoint.workload import WorkloadServicer, register
 from workload_api.metrics import AgentMetrics
@@ -210,21 +211,18 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
     settings, cache, metrics = agent.settings, agent.cache, agent.metrics
     attestation = Attestation(agent.attestors.all)
     stack.callback(attestation.close)
+    callers = Callers(cache, attestation, _now)
     workload = WorkloadServicer(
-        cache,
-        attestation,
+        callers,
         agent.syncer.tokens,
         Responses(cache.trust_domain),
         metrics,
-        _now,
         settings.workloads.no_identity_grace,
     )
 
     def register_public(server: Any) -> None:
         register(workload, server)
-        whoami_pb2_grpc.add_WhoAmIServicer_to_server(
-            WhoAmIServicer(cache, attestation, _now), server
-        )
+        whoami_pb2_grpc.add_WhoAmIServicer_to_server(WhoAmIServicer(callers), server)
         health_pb2_grpc.add_HealthServicer_to_server(
             AgentHealthServicer(lambda: not agent.problems()), server
         )
@@ -239,9 +237,7 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
             max_message_bytes=WORKLOAD_MESSAGE_BYTES,
         )
     )
-    servicer = AdminServicer(
-        cache, attestation, agent.node, agent.syncer, _now, lambda: public.proof, VERSION
-    )
+    servicer = AdminServicer(callers, agent.node, agent.syncer, lambda: public.proof, VERSION)
 
     def register_admin(server: Any) -> None:
         agentadmin_pb2_grpc.add_AgentAdminServicer_to_server(servicer, server)
@@ -270,7 +266,7 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
 
     async def stop() -> None:
         agent.is_stopping = True
-        workload.stop()
+        callers.stop()
         await asyncio.sleep(0.05)
         await public.close(STOP_GRACE)
 

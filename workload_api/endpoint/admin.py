@@ -4,7 +4,6 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from spiffe_core.errors import (
@@ -20,7 +19,7 @@ from spiffe_wire.convert.entry import (
     selectors_from_wire,
     selectors_to_wire,
 )
-from spiffe_wire.convert.explanation import explanation_of
+from spiffe_wire.convert.explanation import add_sds_streams, explanation_of
 from spiffe_wire.frontdoor.peer import PeerProof, PidFd, UnixPeer, unix_peer_of
 from spiffe_wire.pb.grpc.health.v1 import health_pb2, health_pb2_grpc
 from spiffe_wire.pb.spiffe_issuer.v1 import (
@@ -32,8 +31,7 @@ from spiffe_wire.pb.spiffe_issuer.v1 import (
     whoami_pb2_grpc,
 )
 from workload_api.attestors.procfs import read_status
-from workload_api.attestors.registry import Attestation
-from workload_api.cache.cache import WorkloadCache
+from workload_api.endpoint.following import Callers
 from workload_api.node.identity import NodeIdentity
 from workload_api.sync.syncer import Syncer
 
@@ -48,14 +46,12 @@ def _partials(partial: Any) -> list[Any]:
 class WhoAmIServicer(whoami_pb2_grpc.WhoAmIServicer):
     """Tells a process what was learnt of it, and of nobody else."""
 
-    cache: WorkloadCache
-    attestation: Attestation
-    now: Callable[[], datetime]
+    callers: Callers
 
     async def Get(self, request: Any, context: Any) -> Any:
         peer = unix_peer_of(context)
-        attested = await self.attestation.attest(peer)
-        view = self.cache.view(attested.selectors, attested.partial, self.now())
+        attested = await self.callers.attestation.attest(peer)
+        view = self.callers.look(attested)
         return whoami_pb2.WhoAmIResponse(
             pid=peer.pid,
             uid=peer.uid,
@@ -70,13 +66,13 @@ class WhoAmIServicer(whoami_pb2_grpc.WhoAmIServicer):
 class AdminServicer(agentadmin_pb2_grpc.AgentAdminServicer, explain_pb2_grpc.ExplainServicer):
     """For operators on the admin socket."""
 
-    cache: WorkloadCache
-    attestation: Attestation
+    callers: Callers
     node: NodeIdentity
     syncer: Syncer
-    now: Callable[[], datetime]
     proof: Callable[[], PeerProof]
     version: str
+    sds_streams: Callable[[int], list[Any]] = lambda _: []
+    """What the process of this number asks for by SDS, as messages."""
 
     async def ExplainProcess(self, request: Any, context: Any) -> Any:
         peer = await asyncio.to_thread(_process, request.pid)
@@ -86,13 +82,13 @@ class AdminServicer(agentadmin_pb2_grpc.AgentAdminServicer, explain_pb2_grpc.Exp
         except OSError:
             process.path = ""
         try:
-            attested = await self.attestation.attest(peer, patient=False)
+            attested = await self.callers.attestation.attest(peer, patient=False)
         except NotReadyError as error:
-            return explain_pb2.Explanation(
-                reason="attestation_failed", text=str(error), process=process
-            )
-        answer = self._explain(attested.selectors, attested.partial)
+            answer = explain_pb2.Explanation(reason="attestation_failed", text=str(error))
+        else:
+            answer = self._explain(attested.selectors, attested.partial)
         answer.process.CopyFrom(process)
+        add_sds_streams(answer, self.sds_streams(peer.pid))
         return answer
 
     async def ExplainSelectors(self, request: Any, context: Any) -> Any:
@@ -102,20 +98,21 @@ class AdminServicer(agentadmin_pb2_grpc.AgentAdminServicer, explain_pb2_grpc.Exp
         return self._explain(selectors, {})
 
     def _explain(self, selectors: Any, partial: Any) -> Any:
-        decision = self.cache.explain(selectors, partial, self.now())
-        return explanation_of(decision, reason="" if self.cache.ready else "not_synced")
+        cache = self.callers.cache
+        decision = cache.explain(selectors, partial, self.callers.now())
+        return explanation_of(decision, reason="" if cache.ready else "not_synced")
 
     async def GetStatus(self, request: Any, context: Any) -> Any:
-        state, svid = self.syncer.state, self.node.svid
+        state, svid, cache = self.syncer.state, self.node.svid, self.callers.cache
         status = agentadmin_pb2.AgentStatus(
-            trust_domain=self.cache.trust_domain.name,
-            ready=self.cache.ready,
+            trust_domain=cache.trust_domain.name,
+            ready=cache.ready,
             connected=state.connected,
             sync_mode=state.mode,
             last_sync_at=int(state.last_sync_at.timestamp()) if state.last_sync_at else 0,
-            entries=len(self.cache.index),
-            x509_svids=len(self.cache.svids),
-            streams=self.cache.streams,
+            entries=len(cache.index),
+            x509_svids=len(cache.svids),
+            streams=cache.streams,
             peer_proof=self.proof().value,
             problem=self.syncer.problem,
             version=self.version,

@@ -7,7 +7,7 @@ read back before it is sent: a client that cannot parse one drops the whole upda
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from spiffe_core.bundle_document import bundle_from_jwks, jwks_of
 from spiffe_core.der import split_certificates
@@ -19,6 +19,34 @@ from workload_api.cache.cache import View
 
 MAX_BYTES: Final = 4 * 1024 * 1024 - 1024  # IOP-25: clients receive at most 4 MiB
 KEPT: Final = 1024
+_T = TypeVar("_T")
+
+
+class Made(Generic[_T]):
+    """The last messages by what they were made of; those asked for longest ago go first."""
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[tuple[object, ...], tuple[object, _T]] = OrderedDict()
+
+    def once(self, key: tuple[object, ...], of: object, build: Callable[[], _T]) -> _T:
+        """
+        Return what was made for *key*, or *build* it now.
+
+        *of* is kept beside it: what the ids in *key* are those of, so that they are not
+        given to other objects.
+        """
+        found = self._made.get(key)
+        if found is not None:
+            self._made.move_to_end(key)
+            return found[1]
+        made = build()
+        self._made[key] = of, made
+        while len(self._made) > KEPT:
+            self._made.popitem(last=False)
+        return made
+
+    def __len__(self) -> int:
+        return len(self._made)
 
 
 class Responses:
@@ -26,7 +54,7 @@ class Responses:
 
     def __init__(self, trust_domain: TrustDomain) -> None:
         self._trust_domain = trust_domain
-        self._made: OrderedDict[tuple[object, ...], tuple[object, bytes]] = OrderedDict()
+        self._made: Made[bytes] = Made()
 
     def x509_svids(self, view: View) -> bytes:
         """
@@ -47,10 +75,9 @@ class Responses:
         return self._once(("jwt-bundles", view.bundle_key), view, self._jwt_bundles)
 
     def _once(self, key: tuple[object, ...], view: View, build: Callable[[View], Any]) -> bytes:
-        found = self._made.get(key)
-        if found is not None:
-            self._made.move_to_end(key)
-            return found[1]
+        return self._made.once(key, view.bundles, lambda: self._serialized(view, build))
+
+    def _serialized(self, view: View, build: Callable[[View], Any]) -> bytes:
         if self._trust_domain not in view.bundles:
             raise InternalError("our own bundle is not known")
         try:
@@ -58,14 +85,7 @@ class Responses:
             made = bytes(build(view).SerializeToString(deterministic=True))
         except MalformedError as error:
             raise InternalError("a response would break a rule; it was not sent") from error
-        if len(made) > MAX_BYTES:
-            raise InternalError("a response would be over 4 MiB: federate with fewer domains")
-        # The bundles are kept beside the bytes: the key holds their ids, which must not be
-        # given to other objects.
-        self._made[key] = view.bundles, made
-        while len(self._made) > KEPT:
-            self._made.popitem(last=False)
-        return made
+        return check_size(made)
 
     def _x509_svids(self, view: View) -> Any:
         own = view.bundles[self._trust_domain].x509_der()
@@ -112,3 +132,15 @@ class Responses:
                 raise InternalError("a JWK Set does not read back")
             response.bundles[name.id.uri] = keys
         return response
+
+
+def check_size(message: bytes) -> bytes:
+    """
+    Return *message* if every client can take it.
+
+    Raises:
+        InternalError: it is too long.
+    """
+    if len(message) > MAX_BYTES:
+        raise InternalError("a response would be over 4 MiB: federate with fewer domains")
+    return message

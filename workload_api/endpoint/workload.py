@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 
 import grpc
@@ -25,18 +25,16 @@ from spiffe_core.errors import (
 )
 from spiffe_core.jwtsvid import JwtSvid, JwtSvidError, verify_jwt_svid
 from spiffe_core.spiffeid import SpiffeId
-from spiffe_wire.frontdoor.peer import UnixPeer, unix_peer_of
+from spiffe_wire.frontdoor.peer import UnixPeer
 from spiffe_wire.logs import event
 from spiffe_wire.pb import workloadapi_pb2, workloadapi_pb2_grpc
-from workload_api.attestors.protocol import Attested
-from workload_api.attestors.registry import Attestation
-from workload_api.cache.cache import EVERYBODY, View, Waiter, WorkloadCache
+from workload_api.cache.cache import View
+from workload_api.endpoint.following import Callers, Followed
 from workload_api.endpoint.responses import Responses
 from workload_api.metrics import AgentMetrics
 from workload_api.sync.tokens import TokenCache
 
 _log = logging.getLogger(__name__)
-REATTEST_INTERVAL: Final = timedelta(seconds=30)  # SEC-36
 FIRST_SVID_SECONDS: Final = 5.0
 """How long a call waits for its first SVID, which is being signed."""
 WHOLE_SECONDS: Final = 0.5
@@ -62,15 +60,11 @@ class NoIdentityError(ForbiddenError):
 class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
     """Serves whoever is proved, attested and matched."""
 
-    cache: WorkloadCache
-    attestation: Attestation
+    callers: Callers
     tokens: TokenCache
     responses: Responses
     metrics: AgentMetrics
-    now: Callable[[], datetime]
     no_identity_grace: timedelta
-    reattest_interval: timedelta = REATTEST_INTERVAL
-    stopping: bool = False
     _held: Counter[int] = field(default_factory=Counter)
 
     async def FetchX509SVID(self, request: Any, context: Any) -> AsyncIterator[bytes]:
@@ -89,7 +83,7 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
         peer = self._ready(context)
         audience = _audience_of(request.audience)
         wanted = _id_of(request.spiffe_id) if request.spiffe_id else None
-        view = await self._view(peer)
+        view = await self.callers.view(peer)
         entries = [one for one in view.decision.matched if wanted in (None, one.spiffe_id)]
         if not entries:
             raise self._denied(peer)
@@ -106,11 +100,11 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
             raise MalformedError("audience must be specified")
         if not request.svid:
             raise MalformedError("svid must be specified")
-        view = await self._view(peer)
+        view = await self.callers.view(peer)
         if not view.decision.matched:
             raise self._denied(peer)
         svid = verify_jwt_svid(
-            request.svid, view.bundles, audience=request.audience, at=self.now()
+            request.svid, view.bundles, audience=request.audience, at=self.callers.now()
         )
         response = workloadapi_pb2.ValidateJWTSVIDResponse(spiffe_id=svid.spiffe_id.uri)
         try:
@@ -130,46 +124,32 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
     def _claims_of(self, svid: JwtSvid) -> dict[str, Any]:
         claims = dict(svid.claims)
         claims["aud"] = list(svid.audience)  # always a list (IOP-23)
-        if svid.spiffe_id.trust_domain != self.cache.trust_domain:
+        if svid.spiffe_id.trust_domain != self.callers.cache.trust_domain:
             # What another trust domain asserts beyond the standard counts for nothing here.
             claims = {name: claims[name] for name in ("sub", "aud", "exp")}
         return claims
 
     def _ready(self, context: Any) -> UnixPeer:
-        if self.stopping:
-            raise NotReadyError("the agent is stopping")
-        if not self.cache.ready:
-            raise NotReadyError("the agent has not heard from its server yet")
-        return unix_peer_of(context)
-
-    def stop(self) -> None:
-        """End every stream with UNAVAILABLE, so that clients come back (IOP-10)."""
-        self.stopping = True
-        self.cache.wake(EVERYBODY)
-
-    async def _view(self, peer: UnixPeer) -> View:
-        return self._look(await self.attestation.attest(peer))
-
-    def _look(self, attested: Attested) -> View:
-        return self.cache.view(attested.selectors, attested.partial, self.now())
+        peer = self.callers.peer_of(context)
+        self.callers.check_ready()
+        return peer
 
     async def _stream(
         self, context: Any, build: Callable[[View], bytes], *, svids: bool = False
     ) -> AsyncIterator[bytes]:
         """The full state at once, and again whenever it changes (WAPI-08 to WAPI-10)."""
         peer = self._ready(context)
-        with self.cache.waiter() as waiter, _told_of_the_end(peer, waiter):
-            stream = _Stream(peer, waiter, build, svids=svids)
-            with contextlib.closing(stream):
-                await self._begin(stream)
-                while True:
-                    message = self._built(stream)
-                    if message != stream.last:
-                        peer.check_alive()
-                        self.metrics.on_delivered(stream.committed_at)
-                        stream.last = message
-                        yield message
-                    await self._changed(stream)
+        with self.callers.follow(peer) as process:
+            stream = _Stream(process, build, svids=svids)
+            await self._begin(stream)
+            while True:
+                message = self._built(stream)
+                if message != stream.last:
+                    peer.check_alive()
+                    self.metrics.on_delivered(process.committed_at)
+                    stream.last = message
+                    yield message
+                await self._changed(stream)
 
     async def _begin(self, stream: "_Stream") -> None:
         """
@@ -179,29 +159,30 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
         that one who comes shortly before its entry need not wait out its own back-off; it
         holds no attestation slot meanwhile.
         """
-        started = asyncio.get_running_loop().time()
+        process = stream.process
+        peer, started = process.peer, asyncio.get_running_loop().time()
         with contextlib.ExitStack() as holding:
             while True:
-                await self._attest(stream, patient=not stream.is_attested)
-                if not stream.view.decision.matched:
-                    if not stream.held and not (stream.svids and self._may_hold(stream.peer)):
+                await process.attest()
+                if not process.view.decision.matched:
+                    if not stream.held and not (stream.svids and self._may_hold(peer)):
                         break
                     if not stream.held:
                         stream.held = True
-                        holding.enter_context(self._holding(stream.peer.uid))
+                        holding.enter_context(self._holding(peer.uid))
                     limit = self.no_identity_grace.total_seconds()
-                    if stream.attested.is_late:
+                    if process.attested.is_late:
                         limit *= LATE
-                elif not stream.svids or not stream.view.missing:
+                elif not stream.svids or not process.view.missing:
                     return
                 else:
-                    limit = WHOLE_SECONDS if stream.view.identities else FIRST_SVID_SECONDS
-                if not await self._woken(stream, started + limit):
+                    limit = WHOLE_SECONDS if process.view.identities else FIRST_SVID_SECONDS
+                if not await process.woken(started + limit):
                     break
-        if not stream.view.decision.matched:
-            event(_log, logging.INFO, "no_identity", pid=stream.peer.pid, uid=stream.peer.uid)
-            raise self._denied(stream.peer)
-        if not stream.view.identities:
+        if not process.view.decision.matched:
+            event(_log, logging.INFO, "no_identity", pid=peer.pid, uid=peer.uid)
+            raise self._denied(peer)
+        if not process.view.identities:
             raise NotReadyError("the identity is being signed; try again")
 
     def _may_hold(self, peer: UnixPeer) -> bool:
@@ -218,65 +199,23 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
                 del self._held[uid]
 
     async def _changed(self, stream: "_Stream") -> None:
-        """
-        Return when there may be something to send, attested anew (SEC-36).
+        """Return when there may be something to send, attested anew (SEC-36)."""
+        process = stream.process
 
-        Being woken costs a look with what was learnt before; only what a push would come of
-        is worth an attestation.
-        """
-        loop = asyncio.get_running_loop()
-        while loop.time() < stream.attest_at:
-            if stream.is_outdated:
-                break
-            await self._woken(stream, self._look_at(stream))
-            stream.view = self._look(stream.attested)
-            if not stream.view.decision.matched or self._built(stream) != stream.last:
-                break
-        await self._attest(stream, patient=False)
-        if not stream.view.decision.matched:
-            raise self._denied(stream.peer)
+        def would_send() -> bool:
+            return not process.view.decision.matched or self._built(stream) != stream.last
 
-    async def _attest(self, stream: "_Stream", *, patient: bool) -> None:
-        stream.follow(await self.attestation.attest(stream.peer, patient=patient))
-        # From here to the look nothing is awaited: a change is seen, or wakes the waiter.
-        stream.waiter.selectors = stream.attested.selectors
-        stream.view = self._look(stream.attested)
-        stream.attest_at = (
-            asyncio.get_running_loop().time() + self.reattest_interval.total_seconds()
-        )
-
-    def _look_at(self, stream: "_Stream") -> float:
-        """When to look though nothing woke us: to attest, or when an entry expires."""
-        if stream.view.ends_at is None:
-            return stream.attest_at
-        left = (stream.view.ends_at - self.now()).total_seconds()
-        return min(stream.attest_at, asyncio.get_running_loop().time() + max(left, 0.01))
-
-    async def _woken(self, stream: "_Stream", until: float) -> bool:
-        """
-        Wait for a change until *until* on the loop's clock; return whether one came.
-
-        Raises:
-            PeerGoneError: the process has ended.
-            NotReadyError: the agent stops.
-        """
-        woken = True
-        try:
-            async with asyncio.timeout_at(until):
-                stream.committed_at = await stream.waiter.wait()
-        except TimeoutError:
-            stream.committed_at, woken = 0, False
-        stream.peer.check_alive()
-        if self.stopping:
-            raise NotReadyError("the agent is stopping")
-        return woken
+        await process.until_due(would_send)
+        await process.attest()
+        if not process.view.decision.matched:
+            raise self._denied(process.peer)
 
     def _built(self, stream: "_Stream") -> bytes:
         """The message for the present view, or the last one when that cannot be built."""
-        if stream.svids and not stream.view.identities:
+        if stream.svids and not stream.process.view.identities:
             return stream.last
         try:
-            return stream.build(stream.view)
+            return stream.build(stream.process.view)
         except InternalError as error:
             if not stream.last:
                 raise NotReadyError("the answer is not ready; try again") from error
@@ -291,61 +230,14 @@ class WorkloadServicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
 
 @dataclass(slots=True)
 class _Stream:
-    """One stream: whose it is, what it was sent, and what is known of it."""
+    """One stream: whose it is, and what it was sent."""
 
-    peer: UnixPeer
-    waiter: Waiter
+    process: Followed
     build: Callable[[View], bytes]
     svids: bool
     """It carries X509-SVIDs, and so has nothing to say without one."""
     last: bytes = b""
-    committed_at: int = 0
-    attest_at: float = 0.0
     held: bool = False
-    attested: Attested = field(init=False)
-    view: View = field(init=False)
-    _followed: tuple["asyncio.Future[None]", ...] = ()
-
-    def follow(self, attested: Attested) -> None:
-        """Take over what was learnt, and be woken when it may be true no longer."""
-        self.close()
-        self.attested, self._followed = attested, attested.changed
-        for one in self._followed:
-            one.add_done_callback(self._wake)
-
-    @property
-    def is_attested(self) -> bool:
-        """True once anything was learnt; what comes later wakes us by itself."""
-        return bool(self.attest_at)
-
-    @property
-    def is_outdated(self) -> bool:
-        """True when the platform said that something changed since."""
-        return any(one.done() for one in self._followed)
-
-    def close(self) -> None:
-        """Be woken no more."""
-        for one in self._followed:
-            one.remove_done_callback(self._wake)
-        self._followed = ()
-
-    def _wake(self, _: "asyncio.Future[None]") -> None:
-        self.waiter.wake()
-
-
-@contextlib.contextmanager
-def _told_of_the_end(peer: UnixPeer, waiter: Waiter) -> Iterator[None]:
-    """Wake *waiter* when the process ends; when its connection does, grpcio ends the call."""
-
-    def wake(_: "asyncio.Future[None]") -> None:
-        waiter.wake()
-
-    exited = peer.exited()
-    exited.add_done_callback(wake)
-    try:
-        yield
-    finally:
-        exited.remove_done_callback(wake)
 
 
 def register(servicer: WorkloadServicer, server: Any) -> None:
