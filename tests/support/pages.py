@@ -29,14 +29,15 @@ _MARK = "-=done=-"
 class Terminal:
     """A bash that a person could have typed into."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, become: tuple[str, ...] = ()) -> None:
+        path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         environment = {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
+            "PATH": ":".join([*path, "/usr/sbin", "/sbin"]),
             "HOME": str(folder),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         self._bash = subprocess.Popen(
-            ["bash", "--noprofile", "--norc"],
+            [*become, "bash", "--noprofile", "--norc"],
             cwd=folder,
             env=environment,
             stdin=subprocess.PIPE,
@@ -95,12 +96,13 @@ class Desk:
     """The terminals of one page, by name."""
 
     folder: Path
+    become: tuple[str, ...] = ()
     terminals: dict[str, Terminal] = field(default_factory=dict)
 
     def play(self, name: str, block: str) -> None:
         """Type the commands of one block and see the answers."""
         if name not in self.terminals:
-            self.terminals[name] = Terminal(self.folder)
+            self.terminals[name] = Terminal(self.folder, self.become)
         terminal = self.terminals[name]
         for command, answer in steps_of(block):
             if command is None:
@@ -147,19 +149,33 @@ def pattern_of(lines: list[str]) -> str:
     return "\n".join(made)
 
 
-def play(page: str, folder: Path) -> None:
-    """Write the files of a page into *folder*, and type its commands."""
-    blocks = _BLOCK.findall((ROOT / page).read_text().replace("/srv/spiffe", str(folder)))
+def blocks_of(page: str, folder: Path) -> list[tuple[str, str, str]]:
+    """The blocks of a page as they stand in *folder*: kind, terminal, text."""
+    return _BLOCK.findall((ROOT / page).read_text().replace("/srv/spiffe", str(folder)))
+
+
+def file_of(kind: str, body: str) -> str:
+    """The name of the file that a block is, or nothing."""
+    found = _FILE.fullmatch(body.partition("\n")[0])
+    return found[1] if found and kind != "console" else ""
+
+
+def play(page: str, folder: Path, become: tuple[str, ...] = ()) -> None:
+    """
+    Write the files of a page into *folder*, and type its commands.
+
+    *become* is what each shell is started through, to be another user's.
+    """
+    blocks = blocks_of(page, folder)
     assert any(kind == "console" for kind, _, _ in blocks)
-    desk = Desk(folder)
+    desk = Desk(folder, become)
     try:
         for kind, name, body in blocks:
-            first, _, _ = body.partition("\n")
             if kind == "console":
                 assert name, "a console block names its terminal"
                 desk.play(name, body)
-            elif file := _FILE.fullmatch(first):
-                (folder / file[1]).write_text(body)
+            elif file := file_of(kind, body):
+                (folder / file).write_text(body)
     finally:
         for terminal in desk.terminals.values():
             terminal.close()
