@@ -210,7 +210,7 @@ def joined(x509: BundleSet, jwt: BundleSet) -> BundleSet:
             x509[name].x509_authorities if name in x509 else (),
             jwt[name].jwt_authorities if name in jwt else (),
         )
-        for name in {*x509, *jwt}
+        for name in sorted({*x509, *jwt})
     )
 
 

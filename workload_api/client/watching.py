@@ -83,7 +83,7 @@ class Pauses:
 
 
 class Follower(Generic[_T]):
-    """One stream: *watch* opens it, *take* is given what it says, and None when denied."""
+    """One stream: *watch* opens it, *take* is given what it says, None when we have nothing."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Follower(Generic[_T]):
         while True:
             began = self._clock.now()
             error = await self._once(told)
-            if isinstance(error, ForbiddenError):
+            if isinstance(error, (ForbiddenError, UnsupportedError)):
                 self._take(None)
             if isinstance(error, FINAL):
                 self.final = error
