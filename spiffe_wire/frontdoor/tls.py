@@ -26,11 +26,9 @@ def server_context(
     our own trust domain, and of no other (T-09).
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _harden(context, authorities)
+    harden(context, authorities)
+    context.set_alpn_protocols(ALPN)
     context.verify_mode = ssl.CERT_OPTIONAL
-    # A resumed session presents no certificate and outlives the one it was made with.
-    context.num_tickets = 0
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
     load(context, chain, key)
     return context
 
@@ -45,12 +43,27 @@ def client_context(
     byte.  *chain* and *key* are sent when the server asks.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    _harden(context, authorities)
-    context.verify_mode = ssl.CERT_REQUIRED
+    harden(context, authorities)
+    context.set_alpn_protocols(ALPN)
     if chain:
         load(context, chain, key)
     return context
+
+
+def harden(context: ssl.SSLContext, authorities: Sequence[bytes] = ()) -> None:
+    """Make *context*, fresh from `ssl`, what SEC-17 asks; without *authorities* none passes."""
+    if context.protocol is ssl.PROTOCOL_TLS_CLIENT:
+        context.check_hostname = False
+    else:
+        # A resumed session presents no certificate and outlives the one it was made with.
+        context.num_tickets = 0
+        context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    # An anchor need not be self-signed (SPIRE API 1.1).
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    if authorities:
+        context.load_verify_locations(cadata=certificates_to_pem(authorities))
 
 
 def load(context: ssl.SSLContext, chain: Sequence[bytes], key: bytes) -> None:
@@ -73,11 +86,3 @@ def peer_chain(connection: Any) -> tuple[bytes, ...]:
     inner = getattr(connection, "_sslobj", connection)
     # Without a client certificate CPython's answer is a list that holds None.
     return tuple(one.public_bytes(_DER) for one in inner.get_unverified_chain() or () if one)
-
-
-def _harden(context: ssl.SSLContext, authorities: Sequence[bytes]) -> None:
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(ALPN)
-    # An anchor need not be self-signed (SPIRE API 1.1).
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    context.load_verify_locations(cadata=certificates_to_pem(authorities))
