@@ -9,6 +9,7 @@ is opened again), T-13 (an update that breaks a rule replaces nothing).
 import asyncio
 import contextlib
 import logging
+import random
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -68,9 +69,9 @@ class SystemClock:
 class Pauses:
     """How long to wait after each kind of error."""
 
-    def __init__(self) -> None:
-        self._usual = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
-        self._denied = Backoff(FIRST_DENIED_PAUSE, LONGEST_DENIED_PAUSE)
+    def __init__(self, rng: random.Random | None = None) -> None:
+        self._usual = Backoff(FIRST_PAUSE, LONGEST_PAUSE, rng)
+        self._denied = Backoff(FIRST_DENIED_PAUSE, LONGEST_DENIED_PAUSE, rng)
 
     def after(self, error: SpiffeError) -> timedelta:
         """Return the next pause."""
