@@ -110,7 +110,7 @@ def test_every_kind_of_error_is_decided() -> None:
 
 
 async def test_wapi_07_a_stream_that_ends_well_is_opened_again() -> None:
-    """WAPI-07: either side may end it at any time; after an end with OK too there is another."""
+    """WAPI-07: either side may end it at any time; after an end with OK there is another."""
     play = Play([["a"], ["b"], [END]])
     await play.run()
     assert play.taken == ["a", "b"]
