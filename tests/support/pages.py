@@ -29,7 +29,9 @@ _MARK = "-=done=-"
 class Terminal:
     """A bash that a person could have typed into."""
 
-    def __init__(self, folder: Path, become: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, become: tuple[str, ...] = (), patience: float = PATIENCE
+    ) -> None:
         path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         environment = {
             "PATH": ":".join([*path, "/usr/sbin", "/sbin"]),
@@ -45,6 +47,7 @@ class Terminal:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self._patience = patience
         self.text = ""
         self._read_to = 0
         self._typed = 0
@@ -64,7 +67,7 @@ class Terminal:
 
     def see(self, pattern: str) -> str:
         """Wait until what was printed since the last look matches, and take it as seen."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + self._patience
         wanted = re.compile(pattern, re.MULTILINE | re.DOTALL)
         while (found := wanted.search(self.text, self._read_to)) is None:
             assert self._bash.stdout is not None
@@ -97,12 +100,13 @@ class Desk:
 
     folder: Path
     become: tuple[str, ...] = ()
+    patience: float = PATIENCE
     terminals: dict[str, Terminal] = field(default_factory=dict)
 
     def play(self, name: str, block: str) -> None:
         """Type the commands of one block and see the answers."""
         if name not in self.terminals:
-            self.terminals[name] = Terminal(self.folder, self.become)
+            self.terminals[name] = Terminal(self.folder, self.become, self.patience)
         terminal = self.terminals[name]
         for command, answer in steps_of(block):
             if command is None:
@@ -160,15 +164,18 @@ def file_of(kind: str, body: str) -> str:
     return found[1] if found and kind != "console" else ""
 
 
-def play(page: str, folder: Path, become: tuple[str, ...] = ()) -> None:
+def play(
+    page: str, folder: Path, become: tuple[str, ...] = (), patience: float = PATIENCE
+) -> None:
     """
     Write the files of a page into *folder*, and type its commands.
 
-    *become* is what each shell is started through, to be another user's.
+    *become* is what each shell is started through, to be another user's, or in another place;
+    each answer is there after *patience* seconds.
     """
     blocks = blocks_of(page, folder)
     assert any(kind == "console" for kind, _, _ in blocks)
-    desk = Desk(folder, become)
+    desk = Desk(folder, become, patience)
     try:
         for kind, name, body in blocks:
             if kind == "console":
