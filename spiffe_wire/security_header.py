@@ -5,7 +5,7 @@ A browser or a proxy that was tricked into calling the socket cannot send it.  I
 for every method on the socket, known or not, before anything else.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, Final
 
 import grpc
@@ -21,8 +21,21 @@ def has_header(metadata: Any) -> bool:
     return [value for key, value in metadata or () if key == KEY] == [VALUE]
 
 
+def is_silent(metadata: Any) -> bool:
+    """True when the header is not there at all."""
+    return all(key != KEY for key, _ in metadata or ())
+
+
 class SecurityHeaderInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses every call without the header with INVALID_ARGUMENT; put it first."""
+    """
+    Refuses every call without the header with INVALID_ARGUMENT; put it first.
+
+    The methods *waived* (full names, such as ``/package.Service/Method``) may leave it out;
+    sent twice or with another value it is refused there, too (SEC-38).
+    """
+
+    def __init__(self, waived: Collection[str] = ()) -> None:
+        self._waived = frozenset(waived)
 
     async def intercept_service(
         self,
@@ -30,7 +43,10 @@ class SecurityHeaderInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         """Let the call through, or answer it here."""
-        if has_header(handler_call_details.invocation_metadata):
+        metadata = handler_call_details.invocation_metadata
+        if has_header(metadata):
+            return await continuation(handler_call_details)
+        if handler_call_details.method in self._waived and is_silent(metadata):
             return await continuation(handler_call_details)
         return _REFUSE
 

@@ -143,6 +143,18 @@ def rows(kind: type[Any], path: str = "") -> list[Row]:
     return found
 
 
+def unsafe_in_use(settings: Any, path: str = "") -> list[str]:
+    """The paths of *settings* that lower safety and are not at their default."""
+    found = []
+    for field in dataclasses.fields(settings):
+        value, here = getattr(settings, field.name), f"{path}{field.name}"
+        if dataclasses.is_dataclass(value):
+            found += unsafe_in_use(value, f"{here}.")
+        elif field.metadata.get("unsafe") and value != field.default:
+            found.append(here)
+    return found
+
+
 def example(kind: type[Any], given: Mapping[str, str]) -> str:
     """Return YAML with every setting at its default; *given* fills those without one."""
     return "\n".join(_example(kind, given, "", "")) + "\n"

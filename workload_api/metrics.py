@@ -31,6 +31,14 @@ class AgentMetrics:
         self.entries = Gauge("agent_entries", "Entries of this agent", registry=self.registry)
         self.svids = Gauge("agent_x509_svids", "X509-SVIDs held", registry=self.registry)
         self.streams = Gauge("agent_streams", "Open workload streams", registry=self.registry)
+        self.sds_streams = Gauge(
+            "agent_sds_streams", "Open SDS streams", registry=self.registry
+        )
+        self.sds_refusals = Counter(
+            "agent_sds_refusals_total",
+            "Answers that an Envoy did not take; the log says why",
+            registry=self.registry,
+        )
         self.connected = Gauge(
             "agent_connected", "1 while in step with the server", registry=self.registry
         )

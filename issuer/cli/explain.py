@@ -22,6 +22,7 @@ from spiffe_wire.commandline import (
     spiffe_id,
 )
 from spiffe_wire.convert.entry import id_to_wire
+from spiffe_wire.convert.explanation import sds_text_of
 from spiffe_wire.pb.spiffe_issuer.v1 import (
     agentadmin_pb2,
     agentadmin_pb2_grpc,
@@ -117,8 +118,15 @@ def _print(answer: Any) -> None:
         one = answer.process
         print(f"process {one.pid}, uid {one.uid}, gid {one.gid}, {plain(one.path)}")
     if answer.reason == "attestation_failed":
-        print(paint(RED, f"no identity: {plain(answer.text)}"))
-        return
+        print(paint(RED, f"no identity: {plain(answer.text.partition(chr(10))[0])}"))
+    else:
+        _print_decision(answer)
+    for one in answer.sds_streams:
+        colour = GREEN if one.state == "accepted" else YELLOW
+        print(paint(colour, plain(sds_text_of(one))))
+
+
+def _print_decision(answer: Any) -> None:
     print("learnt")
     for one in answer.selectors:
         print(f"  {plain(one.type)}:{plain(one.value)}")

@@ -336,6 +336,7 @@ class AgentProcess:
         self.config = self.folder / "agent.yaml"
         self.workload_socket = self.folder / "w" / "workload.sock"
         self.admin_socket = self.folder / "a" / "admin.sock"
+        self.sds_socket = self.folder / "w" / "sds.sock"
         self.endpoint = f"unix://{self.workload_socket}"
         self.process = Process(
             [sys.executable, "-m", "workload_api.agent", "run", "-c", str(self.config)],

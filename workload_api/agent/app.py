@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from spiffe_core.errors import ErrorKind, NotReadyError, SpiffeError
 from spiffe_core.permission import AgentDeniedError
@@ -36,8 +36,9 @@ from spiffe_wire.pb.spiffe_issuer.v1 import (
     whoami_pb2_grpc,
 )
 from spiffe_wire.security_header import SecurityHeaderInterceptor
+from spiffe_wire.settings import unsafe_in_use
 from workload_api.agent.attestors import Attestors, build_attestors
-from workload_api.agent.config import AgentSettings, NodeAttestor
+from workload_api.agent.config import AgentSettings, NodeAttestor, Sds
 from workload_api.attestors.registry import Attestation
 from workload_api.cache.cache import WorkloadCache
 from workload_api.endpoint import reflection
@@ -53,6 +54,9 @@ from workload_api.node.proof import NodeProof, NoWayToAttestError
 from workload_api.storage import AgentStorage
 from workload_api.sync.membership import PASSING
 from workload_api.sync.syncer import Syncer
+
+if TYPE_CHECKING:
+    from workload_api.sds.stream import SdsServicer
 
 _log = logging.getLogger(__name__)
 WORKLOAD_MESSAGE_BYTES: Final = 64 * 1024  # security requirements, table 1
@@ -100,6 +104,8 @@ async def serve(
         SpiffeError: says what keeps it from starting, and what to do.
     """
     os.umask(0o077)
+    for path in unsafe_in_use(settings):
+        event(_log, logging.WARNING, "unsafe_setting", setting=path)
     trust_domain = TrustDomain(settings.trust_domain)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(held(settings.data_dir, "data_dir"))
@@ -220,8 +226,13 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
         settings.workloads.no_identity_grace,
     )
 
+    sds = _sds_of(settings.sds, callers, metrics) if settings.sds.is_on else None
+    on_both = sds if settings.sds.on_workload_socket else None
+
     def register_public(server: Any) -> None:
         register(workload, server)
+        if on_both is not None:
+            on_both.register(server)
         whoami_pb2_grpc.add_WhoAmIServicer_to_server(WhoAmIServicer(callers), server)
         health_pb2_grpc.add_HealthServicer_to_server(
             AgentHealthServicer(lambda: not agent.problems()), server
@@ -232,12 +243,20 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
         FrontDoor(
             register_public,
             runtime_dir=settings.runtime_dir / "inner",
-            interceptors=[SecurityHeaderInterceptor(), ErrorInterceptor(metrics.on_call)],
+            interceptors=[
+                SecurityHeaderInterceptor(
+                    on_both.methods if on_both and settings.sds.unsafe_without_header else ()
+                ),
+                ErrorInterceptor(metrics.on_call),
+            ],
             limits=DoorLimits(),
-            max_message_bytes=WORKLOAD_MESSAGE_BYTES,
+            max_message_bytes=on_both.max_request_bytes if on_both else WORKLOAD_MESSAGE_BYTES,
         )
     )
+    doors = [public]
     servicer = AdminServicer(callers, agent.node, agent.syncer, lambda: public.proof, VERSION)
+    if sds is not None:
+        servicer.sds_streams = sds.exchanges.of
 
     def register_admin(server: Any) -> None:
         agentadmin_pb2_grpc.add_AgentAdminServicer_to_server(servicer, server)
@@ -255,25 +274,56 @@ async def _open_sockets(stack: contextlib.AsyncExitStack, agent: Agent) -> None:
     )
     uids = frozenset({0, os.geteuid(), *settings.admin_uids})
     mode = 0o600 if not settings.admin_uids else 0o666
+    policy = settings.workloads.peer_proof
     # Health is asked on the admin socket: when that answers, workloads can call.
-    await public.listen_unix(
-        settings.workload_socket, mode=0o777, policy=settings.workloads.peer_proof
-    )
+    await public.listen_unix(settings.workload_socket, mode=0o777, policy=policy)
+    if sds is not None and settings.sds_socket is not None:
+        envoys = await stack.enter_async_context(_sds_door(sds, settings, metrics))
+        await envoys.listen_unix(settings.sds_socket, mode=0o777, policy=policy)
+        doors.append(envoys)
     await admin.listen_unix(settings.admin_socket, mode=mode, allowed_uids=uids)
     if settings.status.port:
-        status = await stack.enter_async_context(_status(agent))
+        status = await stack.enter_async_context(_status(agent, sds))
         agent.status_port = status.port
 
     async def stop() -> None:
         agent.is_stopping = True
         callers.stop()
         await asyncio.sleep(0.05)
-        await public.close(STOP_GRACE)
+        await asyncio.gather(*(door.close(STOP_GRACE) for door in doors))
 
     stack.push_async_callback(stop)
 
 
-def _status(agent: Agent) -> StatusServer:
+def _sds_of(settings: Sds, callers: Callers, metrics: AgentMetrics) -> "SdsServicer":
+    # Loaded where it is on: other agents are spared Envoy's messages.
+    from workload_api.sds.resources import Terms
+    from workload_api.sds.stream import SdsServicer
+
+    terms = Terms(
+        settings.default_svid_name,
+        settings.default_bundle_name,
+        settings.default_all_bundles_name,
+        settings.disable_spiffe_cert_validation,
+    )
+    return SdsServicer(callers, metrics, terms, settings.refuse_unknown_names)
+
+
+def _sds_door(sds: "SdsServicer", settings: AgentSettings, metrics: AgentMetrics) -> FrontDoor:
+    return FrontDoor(
+        sds.register,
+        runtime_dir=settings.runtime_dir / "inner",
+        # Nothing else is served here; for whatever else is asked, the header stays in force.
+        interceptors=[
+            SecurityHeaderInterceptor(sds.methods),
+            ErrorInterceptor(metrics.on_call),
+        ],
+        limits=DoorLimits(),
+        max_message_bytes=sds.max_request_bytes,
+    )
+
+
+def _status(agent: Agent, sds: "SdsServicer | None") -> StatusServer:
     metrics = agent.metrics
 
     def ready() -> tuple[int, str, bytes]:
@@ -295,6 +345,7 @@ def _status(agent: Agent) -> StatusServer:
         metrics.entries.set(len(agent.cache.index))
         metrics.svids.set(len(agent.cache.svids))
         metrics.streams.set(agent.cache.streams)
+        metrics.sds_streams.set(len(sds.exchanges) if sds else 0)
         pods, source = agent.attestors.pods, agent.attestors.source
         if pods is not None and source is not None:
             metrics.pods.set(len(pods))

@@ -125,6 +125,71 @@ class Docker:
 
 
 @dataclass(frozen=True)
+class Sds:
+    """Envoy's secret discovery service."""
+
+    socket: str = setting(
+        "Socket for Envoys: an absolute path, or a name in the workload socket's folder; "
+        "empty for none",
+        "sds.sock",
+    )
+    default_svid_name: str = setting(
+        "Name under which an Envoy asks for its first X509-SVID", "default"
+    )
+    default_bundle_name: str = setting(
+        "Name under which it asks for the roots of our trust domain", "ROOTCA"
+    )
+    default_all_bundles_name: str = setting(
+        "Name under which it asks for the roots of every trust domain it may know", "ALL"
+    )
+    disable_spiffe_cert_validation: bool = setting(
+        "Give roots as a plain trusted_ca, of one trust domain each, instead of Envoy's SPIFFE "
+        "validator. What an Envoy's node metadata say of it goes first",
+        False,
+    )
+    refuse_unknown_names: bool = setting(
+        "End a stream that asks for what its process may not have, as SPIRE does, instead of "
+        "holding it until there is an answer",
+        False,
+    )
+    on_workload_socket: bool = setting(
+        "Serve Envoys on the workload socket, too; they send its security header by "
+        "initial_metadata. Messages of 1 MiB are taken there then",
+        False,
+    )
+    unsafe_without_header: bool = setting(
+        "With on_workload_socket: let Envoys leave the header out. Whoever makes a program of "
+        "this node call that socket gets what the program gets",
+        False,
+        unsafe=True,
+    )
+
+    def __post_init__(self) -> None:
+        names = {
+            "default_svid_name": self.default_svid_name,
+            "default_bundle_name": self.default_bundle_name,
+            "default_all_bundles_name": self.default_all_bundles_name,
+        }
+        for key, name in names.items():
+            if not name or name.startswith("spiffe://"):
+                raise SettingsError(f"{key}: must be a word, and not a SPIFFE ID")
+            if list(names.values()).count(name) > 1:
+                raise SettingsError(f"{key}: two of the three names are the same")
+        if "/" in self.socket and not self.socket.startswith("/"):
+            raise SettingsError("socket: must be an absolute path, or a plain file name")
+        if self.unsafe_without_header and not self.on_workload_socket:
+            raise SettingsError(
+                "unsafe_without_header: is about on_workload_socket, which is not set; the "
+                "socket of its own asks for no header"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """True when SDS is served anywhere."""
+        return bool(self.socket) or self.on_workload_socket
+
+
+@dataclass(frozen=True)
 class Status:
     """Health and metrics over plain HTTP."""
 
@@ -160,6 +225,7 @@ class AgentSettings:
     docker: Docker = section("The container engine of this node", Docker)
     server: Server = section("The server", Server)
     workloads: Workloads = section("The workloads", Workloads)
+    sds: Sds = section("Envoy's secret discovery service (SDS)", Sds)
     status: Status = section("Health and metrics", Status)
     log_style: LogStyle = setting("How log lines look", LogStyle.JSON)
     log_level: str = setting("Least level that is logged", "info")
@@ -173,9 +239,21 @@ class AgentSettings:
             raise SettingsError(f"log_level: must be one of {', '.join(LEVELS)}")
         if self.admin_socket.parent == self.workload_socket.parent:
             raise SettingsError("admin_socket: must not lie in the workload socket's folder")
+        if self.sds_socket == self.workload_socket:
+            raise SettingsError(
+                "sds.socket: is the workload socket; leave it empty, and set "
+                "sds.on_workload_socket"
+            )
+        if self.sds_socket and self.sds_socket.parent == self.admin_socket.parent:
+            raise SettingsError("sds.socket: must not lie in the admin socket's folder")
         self._check_kubernetes()
         if self.workloads.key_type is KeyKind.RSA_4096:
             raise SettingsError("workloads.key_type: rsa-4096 is too slow to sign ahead with")
+
+    @property
+    def sds_socket(self) -> Path | None:
+        """Where Envoys ask; None when they have no socket of their own."""
+        return self.workload_socket.parent / self.sds.socket if self.sds.socket else None
 
     def _check_kubernetes(self) -> None:
         here = self.kubernetes
