@@ -17,6 +17,7 @@ from spiffe_core.spiffeid import SpiffeId
 from spiffe_wire.pb.spire.api.server.svid.v1 import svid_pb2
 from tests.support.authorities import a_key
 from tests.support.ca import FakeCa
+from tests.support.ca import name as distinguished
 from tests.support.callers import Running, a_running_server, csr_with
 from tests.support.clock import DrivenClock
 from workload_api.keys import make_key
@@ -116,7 +117,9 @@ def write(paper: Paper, chain: tuple[bytes, ...], key: bytes) -> None:
     paper.key.write_text(private_key_to_pem(key))
 
 
-def forge(papers: Papers, name: str, spiffe_id: str, trust_domain: str) -> tuple[Paper, Path]:
+def forge(
+    papers: Papers, name: str, spiffe_id: str, trust_domain: str, common_name: str = ""
+) -> tuple[Paper, Path]:
     """
     Have an authority that is *trust_domain*'s, and not ours, sign for *spiffe_id*.
 
@@ -129,5 +132,8 @@ def forge(papers: Papers, name: str, spiffe_id: str, trust_domain: str) -> tuple
     root = papers.folder / f"bundle.{trust_domain}.pem"
     root.write_text(certificates_to_pem([authority.cert.der]))
     key = a_key("p256", "workload").private_bytes(_DER, _PKCS8, _PLAIN)
-    write(papers[name], authority.chain(authority.leaf(spiffe_id, **lives)), key)
+    subject = distinguished(*filter(None, [common_name]))
+    write(
+        papers[name], authority.chain(authority.leaf(spiffe_id, subject=subject, **lives)), key
+    )
     return papers[name], root

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -54,6 +55,22 @@ def started(folder: Path, *command: str) -> Iterator[tuple[subprocess.Popen, Pat
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def ending(pid_file: Path) -> Iterator[None]:
+    """See that the daemon whose number is in *pid_file* does not outlive the block."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pid = int(pid_file.read_text().split()[0])
+            for one in (signal.SIGTERM, signal.SIGKILL):
+                os.kill(pid, one)
+                end = time.monotonic() + 5
+                while time.monotonic() < end:
+                    os.kill(pid, 0)  # raises once it is gone
+                    time.sleep(0.02)
 
 
 async def accepting(path: Path, process: subprocess.Popen, log: Path) -> None:
