@@ -18,6 +18,7 @@ from tests.support.programs import (
     DONE,
     REFUSED,
     UNREACHABLE,
+    USAGE,
     Programs,
     environment,
     openssl_key_fits,
@@ -88,34 +89,119 @@ async def test_fetch_x509(programs: Programs) -> None:
     assert (await programs.agent("fetch", "x509", "-o", "yaml")).yaml == as_json.json
 
 
+def names_in(folder: Path) -> set[str]:
+    """The names that people open in *folder*."""
+    return {one.name for one in folder.iterdir() if not one.name.startswith(".")}
+
+
 async def test_sec_11_what_is_written(programs: Programs, tmp_path: Path) -> None:
     """SEC-11: one bundle file a trust domain; keys are 0600; openssl verifies what is there."""
     folder, elsewhere = tmp_path / "svids", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.write_text("mine")
     (folder / "svid.0.key").symlink_to(elsewhere)
-    (folder / ".svid.0.pem.new").symlink_to(elsewhere)
+    (folder / "..new").symlink_to(elsewhere)
     done = await programs.agent("fetch", "x509", "--write", folder, "-o", "json")
     assert done.code == DONE
     names = {
         "svid.0.pem", "svid.0.key", "svid.1.pem", "svid.1.key", "bundle.example.org.pem",
     }  # fmt: skip
-    assert {one.name for one in folder.iterdir()} == names
+    assert names_in(folder) == names
     assert {Path(one).name for one in done.json["written"]} == names
     assert elsewhere.read_text() == "mine"
     for number in (0, 1):
         key, svid = folder / f"svid.{number}.key", folder / f"svid.{number}.pem"
-        assert stat.S_IMODE(key.lstat().st_mode) == 0o600
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
         openssl_verifies(folder / "bundle.example.org.pem", svid)
         openssl_key_fits(key, svid)
 
     bundles = await programs.agent("fetch", "bundles", "--write", tmp_path / "b")
-    assert bundles.out == f"wrote 1 files to {tmp_path}/b\n"
+    assert bundles.out == f"wrote 2 files to {tmp_path}/b\n"
     same = (tmp_path / "b" / "bundle.example.org.pem").read_text()
     assert same == (folder / "bundle.example.org.pem").read_text()
     refused = await programs.agent("fetch", "x509", "--write", elsewhere / "x")
     assert refused.code == REFUSED
-    assert refused.err == f"cannot write to {elsewhere}/x: Not a directory\n"
+    assert refused.err.startswith(f"{elsewhere}/x cannot be opened: Not a directory; ")
+
+
+async def test_one_folder_for_all_kinds(programs: Programs, tmp_path: Path) -> None:
+    """Each fetch replaces the files of its own kind in a folder, and leaves the others."""
+    folder = tmp_path / "svids"
+    two = ("jwt", "--audience", "a/b", "--audience", "c")
+    for words in (("x509",), ("jwt", "--audience", "db"), two, ("bundles",), ("x509",)):
+        done = await programs.agent("fetch", *words, "--write", folder)
+        assert (done.code, done.err) == (DONE, "")
+    assert names_in(folder) == {
+        "svid.0.pem", "svid.0.key", "svid.1.pem", "svid.1.key", "bundle.example.org.pem",
+        "bundle.example.org.jwks.json", "jwt.0.db.token", "jwt.1.db.token",
+        "jwt.0.a%2Fb+c.token", "jwt.1.a%2Fb+c.token",
+    }  # fmt: skip
+    token = folder / "jwt.1.db.token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    valid = await programs.agent("validate", "--audience", "db", token.read_text())
+    assert valid.out == "valid: spiffe://example.org/api for db\n"
+    (key,) = json.loads((folder / "bundle.example.org.jwks.json").read_text())["keys"]
+    assert key["kty"] == "EC"
+    assert "d" not in key
+
+
+async def test_pkcs12(programs: Programs, tmp_path: Path) -> None:
+    """PKCS#12 is sealed with a file's first line; openssl opens it with that, and no other."""
+    folder, password = tmp_path / "p12", tmp_path / "password"
+    password.write_text("correct horse\nsecond line\n")
+    done = await programs.agent(
+        "fetch", "x509", "--format", "pkcs12", "--password-file", password, "--write", folder
+    )
+    assert (done.code, done.err) == (DONE, "")
+    assert names_in(folder) == {"svid.0.p12", "svid.1.p12", "bundle.example.org.p12"}
+    sealed = folder / "svid.0.p12"
+    assert stat.S_IMODE(sealed.stat().st_mode) == 0o600
+    command = ("openssl", "pkcs12", "-in", sealed, "-nodes", "-passin")
+    # openssl prints the key on standard output, which is what it was asked for.
+    opened = await ran(*command, f"file:{password}")
+    assert opened.code == 0
+    assert "PRIVATE KEY" in opened.out
+    assert "spiffe://example.org/web" in opened.out
+    assert (await ran(*command, "pass:wrong")).code != 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--format", "pkcs12"),
+        ("--format", "pkcs12", "--write", "d"),
+        ("--format", "pkcs12", "--password-file", "f"),
+        ("--password-file", "f", "--write", "d"),
+    ],
+    ids=" ".join,
+)
+async def test_pkcs12_needs(options: tuple[str, ...], programs: Programs) -> None:
+    """What goes together is said, before anything is asked."""
+    answer = await programs.agent("fetch", "bundles", *options)
+    assert (answer.code, answer.out) == (USAGE, "")
+    assert "--format pkcs12 goes with --write DIR and --password-file FILE" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(None, "cannot read"), (b"", "1 to 1024 bytes"), (b"x" * 1025, "1 to 1024 bytes")],
+    ids=["missing", "empty", "too-long"],
+)
+async def test_a_password_file_that_will_not_do(
+    content: bytes | None, why: str, programs: Programs, tmp_path: Path
+) -> None:
+    """The file is named, what it holds is not, and nothing is written."""
+    password = tmp_path / "password"
+    if content is not None:
+        password.write_bytes(content)
+    answer = await programs.agent(
+        "fetch", "x509", "--format", "pkcs12", "--password-file", password, "--write",
+        tmp_path / "d",
+    )  # fmt: skip
+    assert answer.code == REFUSED
+    assert why in answer.err
+    assert str(password) in answer.err
+    assert not (tmp_path / "d").exists()
 
 
 async def test_bundles(programs: Programs) -> None:

@@ -67,19 +67,80 @@ def _fetch(one: argparse.ArgumentParser) -> None:
     ):
         made = new_parser(kinds, kind, text)
         _workload(made)
+        completes(
+            made.add_argument(
+                "--write",
+                metavar="DIR",
+                help="write files there, keys and tokens with mode 0600",
+            ),
+            FOLDER,
+        )
         if kind == "jwt":
             made.add_argument(
                 "--audience", action="append", required=True, metavar="NAME",
                 help="who is to accept it; repeatable",
             )  # fmt: skip
             made.add_argument("--spiffe-id", metavar="ID", help="this identity alone")
-        else:
-            completes(
-                made.add_argument(
-                    "--write", metavar="DIR", help="write PEM files, keys with mode 0600"
-                ),
-                FOLDER,
-            )
+            continue
+        made.add_argument(
+            "--format", choices=("pem", "pkcs12"), default="pem",
+            help="what --write writes: pem (the default), or pkcs12 as Java reads it",
+        )  # fmt: skip
+        completes(
+            made.add_argument(
+                "--password-file", metavar="FILE",
+                help="seal PKCS#12 with the first line of this file",
+            ),
+            FILE,
+        )  # fmt: skip
+
+
+def _run_with(one: argparse.ArgumentParser) -> None:
+    one.usage = "issuer-agent run-with [options] -- COMMAND [ARGUMENT…]"
+    one.add_argument(
+        "--endpoint", "--socket", dest="address", metavar="ADDRESS",
+        help="the Workload API: unix:///path, or a path (or SPIFFE_ENDPOINT_SOCKET)",
+    )  # fmt: skip
+    completes(
+        one.add_argument(
+            "--dir", metavar="DIR",
+            help="write the files there, and leave them; without it they are in a private "
+            "folder, in memory where there is such a place, which goes with the command",
+        ),
+        FOLDER,
+    )  # fmt: skip
+    one.add_argument("--spiffe-id", metavar="ID", help="this identity; else the agent's first")
+    one.add_argument("--hint", metavar="HINT", help="the identity with this hint")
+    one.add_argument(
+        "--audience", action="append", default=[], metavar="NAME",
+        help="a JWT-SVID for this audience too; repeatable, a file for each",
+    )  # fmt: skip
+    one.add_argument(
+        "--on-renew",
+        default="none",
+        metavar="WHAT",
+        help="what to do when the files have changed: none (the default), signal:HUP, restart, "
+        "or 'run:PROGRAM ARGUMENT…', which no shell sees",
+    )
+    # A command without its `--`, to be told so.
+    one.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def _sidecar(one: argparse.ArgumentParser) -> None:
+    completes(
+        one.add_argument("-c", "--config", metavar="FILE", help="its settings, YAML"), FILE
+    )
+    one.add_argument(
+        "--once", action="store_true", help="end when every file is there, as an init container"
+    )
+    what = one.add_mutually_exclusive_group()
+    for name, text in (
+        ("check", "check the settings, and do nothing"),
+        ("example", "print every setting with its default"),
+        ("schema", "print the JSON schema of the settings"),
+    ):
+        what.add_argument(f"--{name}", dest="what", action="store_const", const=name, help=text)
+    output_option(one)
 
 
 def _validate(one: argparse.ArgumentParser) -> None:
@@ -125,6 +186,8 @@ _FILL: Final[dict[str, Fill]] = {
     "watch": _workload,
     "validate": _validate,
     "whoami": _workload,
+    "run-with": _run_with,
+    "sidecar": _sidecar,
     "healthcheck": _admin,
     "renew": _renew,
     "status": _admin,
