@@ -207,8 +207,8 @@ async def test_new_authorities(fake: FakeWorkloadApi) -> None:
             verify_x509_svid(before.chain, source.bundles, at=datetime.now(UTC))
 
 
-async def test_iop_10_the_agent_restarts(fake: FakeWorkloadApi) -> None:
-    """IOP-10, WAPI-07: the last good state stays while it is away; then it has the next."""
+async def test_wapi_07_the_agent_restarts(fake: FakeWorkloadApi) -> None:
+    """WAPI-07: the last good state stays while it is away; then it has the next."""
     async with a_source(fake) as source:
         before = source.identity
         fake.stop()
@@ -372,7 +372,7 @@ async def test_every_iterator_gets_every_state(fake: FakeWorkloadApi) -> None:
 
 
 async def test_listeners(fake: FakeWorkloadApi) -> None:
-    """Listeners are told in the loop; one that fails harms nobody, one that ended is not told."""
+    """Listeners are told in the loop; one that fails harms nobody, an ended one is not told."""
     failures: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, what: failures.append(what))
     told: list[Any] = []
