@@ -70,16 +70,17 @@ class Envoy:
         """The SPIFFE ID that `Mesh.entry` gives it."""
         return f"spiffe://{TRUST_DOMAIN}/{self.name}"
 
-    def start(self, config: Json) -> Self:
-        """Start it on *config*, which needs no admin port: it picks one."""
+    async def start(self, config: Json) -> Self:
+        """Start it on *config*, without waiting for secrets; it picks an admin port itself."""
         admin = {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 0}}}
         self.config.write_text(json.dumps({"admin": admin, **config}))
-        return self.start_again()
+        return await self.start_again()
 
-    def start_again(self) -> Self:
+    async def start_again(self) -> Self:
         """Start it on the configuration of before."""
         self._admin.unlink(missing_ok=True)
         self.process.start()
+        await self.until(lambda: self._answers("/ready", ""))
         return self
 
     async def ready(self) -> Self:
@@ -87,10 +88,9 @@ class Envoy:
         await self.until(lambda: self._answers("/ready", "LIVE"))
         return self
 
-    async def initialising(self) -> Self:
-        """Wait until it is up, and waits for secrets."""
-        await self.until(lambda: self._answers("/ready", "INITIALIZING"))
-        return self
+    async def waits(self) -> bool:
+        """True while it does not serve, because a secret is not there."""
+        return await self._answers("/ready", "INITIALIZING")
 
     async def until(self, condition: Any) -> Any:
         """Wait until *condition*, which may be asynchronous, is true of it while it runs."""
@@ -174,11 +174,11 @@ class Mesh:
         server, agent = self.stack.server, self.stack.agent
         return await server.add_entry(f"/{envoy.name}", agent.agent_id, *selectors, **fields)
 
-    def start(
+    async def start(
         self, envoy: Envoy, listeners: Sequence[Json], clusters: Sequence[Json] = ()
     ) -> Envoy:
         """Start it with these, and the agent's cluster."""
-        return envoy.start(bootstrap(envoy.name, self.socket, [*listeners], [*clusters]))
+        return await envoy.start(bootstrap(envoy.name, self.socket, [*listeners], [*clusters]))
 
 
 @contextlib.asynccontextmanager
@@ -236,25 +236,28 @@ async def get(port: int, path: str = "/") -> Answer:
 
 @dataclass
 class Load:
-    """Requests one after the other, for as long as it is entered."""
+    """Requests without a pause, some at a time, for as long as it is entered."""
 
     port: int
     answers: list[Answer] = field(default_factory=list)
+    at_once: int = 3
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._run())
+        self._tasks = [asyncio.create_task(self._run()) for _ in range(self.at_once)]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        for task in self._tasks:
+            task.cancel()
+        for ended in await asyncio.gather(*self._tasks, return_exceptions=True):
+            assert isinstance(ended, asyncio.CancelledError), ended
 
     async def more(self, count: int) -> list[Answer]:
         """Wait for *count* answers to requests that were sent after this call."""
-        before = len(self.answers) + 1  # one may be under way
+        before = len(self.answers) + self.at_once  # so many may be under way
         while len(self.answers) < before + count:
-            assert not self._task.done(), self._task.exception()
+            for task in self._tasks:
+                assert not task.done(), task.exception()
             await asyncio.sleep(0.005)
         return self.answers[before:]
 

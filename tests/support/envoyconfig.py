@@ -48,7 +48,7 @@ def sds(name: str, header: str = "", **retry: str) -> Json:
 def common_tls(
     peers: Sequence[str] = (),
     *,
-    name: str = "default",
+    svid: str = "default",
     bundle: str = "ROOTCA",
     header: str = "",
     retry: Mapping[str, str] | None = None,
@@ -57,7 +57,7 @@ def common_tls(
     names = [{"san_type": "URI", "matcher": {"exact": peer}} for peer in peers]
     return {
         "tls_params": {"tls_maximum_protocol_version": "TLSv1_3"},
-        "tls_certificate_sds_secret_configs": [sds(name, header, **(retry or {}))],
+        "tls_certificate_sds_secret_configs": [sds(svid, header, **(retry or {}))],
         "combined_validation_context": {
             "default_validation_context": {"match_typed_subject_alt_names": names},
             "validation_context_sds_secret_config": sds(bundle, header, **(retry or {})),
