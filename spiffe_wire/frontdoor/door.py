@@ -93,7 +93,8 @@ class FrontDoor:
         self._register = register
         self._runtime_dir = runtime_dir
         self._gate = Gate()
-        self._interceptors = [self._gate, *interceptors]
+        self._check = SelfCheck()
+        self._interceptors = [self._gate, self._check, *interceptors]
         self.limits = limits or DoorLimits()
         self._options = _options(self.limits, max_message_bytes, max_age)
         self._open: set[_Connection] = set()
@@ -118,15 +119,13 @@ class FrontDoor:
         self._server = grpc.aio.server(interceptors=self._interceptors, options=self._options)
         try:
             self._register(self._server)
-            check = SelfCheck()
-            check.add_to(self._server)
             inner = self._fresh_path()
             self._server.add_insecure_port(f"unix:{inner}")
             await self._server.start()
             # From here on the socket has no name: only this descriptor reaches it.
             self._inner = os.open(inner, os.O_PATH | os.O_CLOEXEC)
             inner.unlink()
-            await self._check_itself(check)
+            await self._check_itself()
         except BaseException:
             await self.close(timedelta(0))
             raise
@@ -442,7 +441,7 @@ class FrontDoor:
             acceptor.close()
             acceptor = fresh
 
-    async def _check_itself(self, check: SelfCheck) -> None:
+    async def _check_itself(self) -> None:
         peer = TlsPeer(None, "self-check")
         path = self._fresh_path()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -455,7 +454,7 @@ class FrontDoor:
 
         acceptor = self._listen(listener, admit)
         try:
-            await check.call(path, peer)
+            await self._check.call(path, peer)
         finally:
             self._acceptors.discard(acceptor)
             acceptor.close()

@@ -5,6 +5,7 @@ Source: transport (decision), ADR 1.  The whole door rests on that one name.
 """
 
 import secrets
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,28 @@ from spiffe_wire.security_header import METADATA
 _TIMEOUT_SECONDS = 5.0
 
 
-class SelfCheck:
-    """A method with an unguessable name, called once at start over a real connection."""
+class SelfCheck(grpc.aio.ServerInterceptor):
+    """
+    A method with an unguessable name, called once at start over a real connection.
+
+    It answers in front of all interceptors but the gate: theirs may refuse who has no SVID.
+    """
 
     def __init__(self) -> None:
-        self._service = f"selfcheck.{secrets.token_hex(16)}"
+        self._method = f"/selfcheck.{secrets.token_hex(16)}/Check"
         self._seen: Peer | None = None
 
-    def add_to(self, server: Any) -> None:
-        """Register the method."""
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
+        """Answer our own call, and let the others pass."""
+        if handler_call_details.method != self._method:
+            return await continuation(handler_call_details)
+        return grpc.unary_unary_rpc_method_handler(self._answer)
 
-        async def check(_: bytes, context: Any) -> bytes:
-            self._seen = peer_of(context)
-            return b""
-
-        handler = grpc.unary_unary_rpc_method_handler(check)
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(self._service, {"Check": handler}),)
-        )
+    async def _answer(self, _: bytes, context: Any) -> bytes:
+        self._seen = peer_of(context)
+        return b""
 
     async def call(self, path: Path, expected: Peer) -> None:
         """
@@ -48,7 +53,7 @@ class SelfCheck:
         async with grpc.aio.insecure_channel(f"unix:{path}", options=options) as channel:
             try:
                 # The security header, in case this door demands it.
-                await channel.unary_unary(f"/{self._service}/Check")(
+                await channel.unary_unary(self._method)(
                     b"", timeout=_TIMEOUT_SECONDS, metadata=METADATA
                 )
             except grpc.aio.AioRpcError as error:
