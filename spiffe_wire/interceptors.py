@@ -6,6 +6,7 @@ Only `ErrorInterceptor` calls `status_of`; servicers raise.
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -146,13 +147,33 @@ def wrap_handler(
     for shape, factory in _SHAPES.items():
         inner = getattr(handler, shape)
         if inner is not None:
-            wrap = stream if shape.endswith("_stream") else unary
+            if not shape.endswith("_stream"):
+                wrapped = unary(inner)
+            elif inspect.isasyncgenfunction(inner):
+                wrapped = stream(inner)
+            else:
+                wrapped = stream(_as_generator(inner))
             return factory(
-                wrap(inner),
+                wrapped,
                 request_deserializer=handler.request_deserializer,
                 response_serializer=handler.response_serializer,
             )
     return handler
+
+
+def _as_generator(inner: Handler) -> Handler:
+    """Return *inner* as one that yields; grpcio lets a handler write to its context instead."""
+
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        answers = inner(request, context)
+        if inspect.isawaitable(answers):
+            await answers
+            return
+        async with contextlib.aclosing(answers):
+            async for answer in answers:
+                yield answer
+
+    return call
 
 
 _SHAPES: Final[dict[str, Callable[..., grpc.RpcMethodHandler]]] = {

@@ -14,7 +14,7 @@ import logging
 import shutil
 import ssl
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Self
@@ -55,6 +55,14 @@ _RETRIES: Final = json.dumps(
     }
 )
 
+_OPTIONS: Final[Mapping[str, Any]] = {
+    "grpc.use_local_subchannel_pool": 1,
+    "grpc.service_config": _RETRIES,
+    "grpc.initial_reconnect_backoff_ms": 200,
+    "grpc.max_reconnect_backoff_ms": 1000,
+    "grpc.max_receive_message_length": 4 * 1024 * 1024,
+}
+
 CheckServer = Callable[[tuple[bytes, ...]], None]
 """Verifies the server's chain and compares its SPIFFE ID, or raises."""
 
@@ -64,7 +72,7 @@ class Dialer:
     A channel to *host*:*port*, as an async context manager.
 
     *context* and *check* are asked for every connection, so that a rotation needs only
-    `cut`.
+    `cut`.  *options* are grpcio's, over ours; *interceptors* are made for this dialer.
     """
 
     def __init__(
@@ -75,11 +83,15 @@ class Dialer:
         context: Callable[[], ssl.SSLContext],
         check: CheckServer,
         runtime_dir: Path,
+        options: Mapping[str, Any] | None = None,
+        interceptors: Callable[["Dialer"], Sequence[Any]] = lambda _: (),
     ) -> None:
         self._address = (host, port)
         self._context = context
         self._check = check
         self._runtime_dir = runtime_dir
+        self._options = {**_OPTIONS, **(options or {})}
+        self._interceptors = interceptors
         self._legs: set[Leg] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -96,13 +108,8 @@ class Dialer:
         self._listener = await loop.create_unix_server(self._accept, str(path))
         self._channel = grpc.aio.insecure_channel(
             f"unix:{path}",
-            options=[
-                ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.service_config", _RETRIES),
-                ("grpc.initial_reconnect_backoff_ms", 200),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-                ("grpc.max_receive_message_length", 4 * 1024 * 1024),
-            ],
+            options=list(self._options.items()),
+            interceptors=self._interceptors(self),
         )
         return self
 
@@ -134,6 +141,13 @@ class Dialer:
         self._not_before = 0.0
         for leg in list(self._legs):
             leg.close()
+
+    def cut_where(self, unwanted: Callable[[Any], bool]) -> None:
+        """End the connections to the server whose TLS object is *unwanted*."""
+        for near in list(self._legs):
+            far = near.other
+            if far is not None and unwanted(far.ssl_object):
+                near.close()
 
     def _accept(self) -> Leg:
         near = Leg(lambda: self._legs.discard(near))

@@ -116,6 +116,11 @@ class Leg(asyncio.Protocol):
         """The TLS connection, once its handshake is done."""
         return None if self.transport is None else self.transport.get_extra_info("ssl_object")
 
+    @property
+    def other(self) -> "Leg | None":
+        """The leg that this one is joined to."""
+        return self._other
+
     def pair(self) -> "list[Leg]":
         """This leg, and the one it is joined to."""
         return [self] if self._other is None else [self, self._other]
