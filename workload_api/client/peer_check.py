@@ -6,9 +6,13 @@ its store holds the authorities of every trust domain at once, so that it would 
 sign for another (T-09).
 """
 
-from collections.abc import Callable, Sequence
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final, TypeAlias
 
 from cryptography import x509
@@ -16,12 +20,16 @@ from cryptography import x509
 from spiffe_core.bundle import Bundle
 from spiffe_core.matching import Matcher
 from spiffe_core.x509svid import X509Svid, verify_x509_svid
+from spiffe_wire.logs import event
 from workload_api.client.material import X509Material
 
 Now: TypeAlias = Callable[[], datetime]
 """A clock; tests have one of their own."""
 
+SWEEP_INTERVAL: Final = timedelta(seconds=1)
+"""How long after its SVID a connection may still be held open."""
 _MAX_KNOWN: Final = 1024
+_log = logging.getLogger(__name__)
 
 
 def utc_now() -> datetime:
@@ -93,3 +101,35 @@ def _holds_until(chain: tuple[bytes, ...], bundle: Bundle, now: datetime) -> dat
     ends = [x509.load_der_x509_certificate(der).not_valid_after_utc for der in chain]
     authorities = [one.validity.not_after for one in bundle.x509_authorities]
     return min([*ends, *(end for end in authorities if end >= now)])
+
+
+@asynccontextmanager
+async def sweeping(
+    material: X509Material, sweep: Callable[[], None], every: timedelta = SWEEP_INTERVAL
+) -> AsyncIterator[None]:
+    """
+    Call *sweep* while entered: at each change of *material*, and every so often (SEC-17).
+
+    A connection that is held open asks nobody again; *sweep* ends those whose time is over.
+    """
+    changed = asyncio.Event()
+    forget = material.on_change(changed.set)
+
+    async def run() -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(every.total_seconds()):
+                    await changed.wait()
+            changed.clear()
+            try:
+                sweep()
+            except Exception as error:  # noqa: BLE001 the next one may do better
+                event(_log, logging.ERROR, "sweep_failed", exc_info=error)
+
+    task = asyncio.create_task(run())
+    try:
+        yield
+    finally:
+        forget()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
