@@ -172,7 +172,8 @@ class Source(ABC, Generic[_T]):
     @property
     def problem(self) -> str:
         """What keeps this from being fresh, in a sentence; empty when nothing does."""
-        return "; ".join(one.problem for one in self._followers if one.problem)
+        problems = dict.fromkeys(one.problem for one in self._followers if one.problem)
+        return "; ".join(problems)
 
     def on_change(self, told: Callable[[], None]) -> Callable[[], None]:
         """Have *told* called in the event loop after every change; return what ends that."""

@@ -105,7 +105,7 @@ async def test_wapi_07_the_agent_restarts(fake: FakeWorkloadApi) -> None:
         before, told = source.bundles, []
         source.on_change(lambda: told.append(True))
         fake.stop()
-        await eventually(lambda: source.problem.count("; ") == 2)  # both streams, one text each
+        await eventually(lambda: all(one.problem for one in source._followers))
         assert source.bundles is before
         fake.start()
         await eventually(lambda: source.problem == "")
@@ -211,5 +211,5 @@ async def test_nothing_is_left_open(fake: FakeWorkloadApi) -> None:
     with pytest.raises(NotReadyError):
         async with a_source(fake, timeout=SHORT):
             pass
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await eventually(lambda: asyncio.all_tasks() == {asyncio.current_task()})
     await eventually(lambda: open_files() <= before)

@@ -344,7 +344,7 @@ async def test_nothing_is_left_open() -> None:
                 await asyncio.sleep(0)
             with contextlib.suppress(NotReadyError):
                 await asking
-        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await eventually(lambda: asyncio.all_tasks() == {asyncio.current_task()})
         await eventually(lambda: open_files() <= before)
 
 

@@ -340,7 +340,7 @@ async def test_a_pick_that_fails(fake: FakeWorkloadApi) -> None:
     with pytest.raises(ZeroDivisionError):
         async with a_source(fake, pick=lambda _: 1 / 0):  # type: ignore[arg-type,return-value]
             pass
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await eventually(lambda: asyncio.all_tasks() == {asyncio.current_task()})
 
 
 # Who is told
@@ -408,7 +408,7 @@ async def test_nothing_is_left_open(fake: FakeWorkloadApi) -> None:
     entering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await entering
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await eventually(lambda: asyncio.all_tasks() == {asyncio.current_task()})
     await eventually(lambda: open_files() <= before)
 
 
