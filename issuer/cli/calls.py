@@ -39,8 +39,7 @@ def call(
         async with grpc.aio.insecure_channel(f"unix:{os.path.abspath(path)}") as channel:
             return await asyncio.wait_for(ask(channel), PATIENCE)
 
-    problem = _unreachable(path, what)
-    if problem:
+    if not os.path.exists(path) and (problem := _unreachable(path, what)):
         raise CommandError(problem, UNREACHABLE)
     try:
         return asyncio.run(ask_it())
@@ -79,7 +78,11 @@ def answered(answer: Any, style: str, text_of: Callable[[Any], str]) -> int:
 
 
 def _unreachable(path: str, what: str) -> str:
-    """Say why nobody can be reached at *path*; empty when somebody can."""
+    """
+    Say why nobody can be reached at *path*; empty when somebody can.
+
+    For who was not answered, or cannot be: a daemon logs each caller that says nothing.
+    """
     flag = "--socket" if what == "server" else "--agent-socket"
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(5)
