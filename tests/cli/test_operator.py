@@ -224,3 +224,11 @@ async def test_output_to_a_closed_pipe(programs: Programs) -> None:
 
 def _path() -> str:
     return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+async def test_a_command_makes_no_connection_in_vain(programs: Programs, stack: Stack) -> None:
+    """A health check that is asked every few seconds leaves nothing in the server's log."""
+    before = stack.server.process.log.read_text().count("connection_refused")
+    assert (await programs.issuer("healthcheck")).code == DONE
+    assert (await programs.issuer("agent", "list")).code == DONE
+    assert stack.server.process.log.read_text().count("connection_refused") == before
