@@ -32,6 +32,12 @@ async def reachable(pid: int, *ports: int) -> AsyncIterator[None]:
         yield
 
 
+def raise_loopback(pid: int) -> None:
+    """Have 127.0.0.1 in the network of process *pid*, which nobody has brought up yet."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(_raise_loopback, pid).result()
+
+
 class _Relay:
     """Joins each connection to one of its own."""
 
@@ -78,15 +84,21 @@ def _listener(pid: int, port: int) -> socket.socket:
 
 
 def _listen(pid: int, port: int) -> socket.socket:
+    _raise_loopback(pid)
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind(("127.0.0.1", port))
+    made.listen()
+    return made
+
+
+def _raise_loopback(pid: int) -> None:
+    """Take this thread to the network of *pid*, for good, and bring up what is local there."""
     place = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
     try:
         if _libc.setns(place, _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns")
     finally:
         os.close(place)
-    made = socket.socket()
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    fcntl.ioctl(made, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
-    made.bind(("127.0.0.1", port))
-    made.listen()
-    return made
+    with socket.socket() as any_socket:
+        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
