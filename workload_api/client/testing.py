@@ -26,7 +26,13 @@ import grpc
 
 from spiffe_core.bundle import BundleSet
 from spiffe_core.bundle_document import jwks_of
-from spiffe_core.errors import ForbiddenError, MalformedError, PreconditionError, SpiffeError
+from spiffe_core.errors import (
+    ForbiddenError,
+    MalformedError,
+    PreconditionError,
+    SpiffeError,
+    UnsupportedError,
+)
 from spiffe_core.jwtsvid import JwtSvid, verify_jwt_svid
 from spiffe_core.spiffeid import SpiffeId
 from spiffe_wire.endpoint import ENVIRONMENT_VARIABLE, parse_endpoint
@@ -44,6 +50,7 @@ METHODS: Final = (
     "FetchX509SVID", "FetchX509Bundles", "FetchJWTSVID", "FetchJWTBundles", "ValidateJWTSVID",
 )  # fmt: skip
 _NOBODY: Final = "no identity issued"
+_NO_WIT: Final = "WIT-SVIDs are not supported"
 _MAX_PATH_BYTES: Final = 107  # IOP-24
 
 
@@ -98,6 +105,8 @@ class FakeWorkloadApi:
         self._refusals: dict[str, SpiffeError] = {}
         self._changed = threading.Condition()
         self._version = 0
+        self._server: grpc.Server | None = None
+        self._serve(identities or ("/workload",))
         self._folder = "" if socket is not None else tempfile.mkdtemp(prefix="spiffe-")
         path = os.fspath(socket) if socket is not None else f"{self._folder}/api.sock"
         if len(os.fsencode(path)) > _MAX_PATH_BYTES:
@@ -105,8 +114,6 @@ class FakeWorkloadApi:
             raise PreconditionError(f"a socket's path has at most {_MAX_PATH_BYTES} bytes")
         self.address = str(parse_endpoint(f"unix://{path}"))
         """The endpoint, such as ``unix:///tmp/spiffe-x/api.sock``."""
-        self._server: grpc.Server | None = None
-        self._serve(identities or ("/workload",))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -325,6 +332,12 @@ class _Servicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
         response = workloadapi_pb2.ValidateJWTSVIDResponse(spiffe_id=svid.spiffe_id.uri)
         response.claims.update({**svid.claims, "aud": list(svid.audience)})
         return response
+
+    def FetchWITSVID(self, _: Any, context: Any) -> Any:  # noqa: N802 its name
+        _abort(context, UnsupportedError(_NO_WIT))
+
+    def FetchWITBundles(self, _: Any, context: Any) -> Any:  # noqa: N802 its name
+        _abort(context, UnsupportedError(_NO_WIT))
 
     def _x509(self) -> Any:
         with self._fake._changed:
