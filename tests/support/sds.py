@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 from cryptography.hazmat.primitives import serialization
+from cryptography.x509 import load_der_x509_certificate
 
 from spiffe_core.pem import certificates_from_pem
 from spiffe_core.x509svid import X509Svid
@@ -97,7 +98,7 @@ class Secrets:
         assert key_pem.startswith(b"-----BEGIN PRIVATE KEY-----\n")
         key = serialization.load_pem_private_key(key_pem, None)
         spki = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-        leaf = svid.certificate if hasattr(svid, "certificate") else _leaf_of(svid)
+        leaf = load_der_x509_certificate(svid.leaf)
         assert key.public_key().public_bytes(*spki) == leaf.public_key().public_bytes(*spki)
         return svid
 
@@ -120,12 +121,6 @@ class Secrets:
         context = self.by_name[name].validation_context
         assert not context.HasField("custom_validator_config")
         return certificates_from_pem(context.trusted_ca.inline_bytes.decode())
-
-
-def _leaf_of(svid: X509Svid) -> Any:
-    from cryptography.x509 import load_der_x509_certificate
-
-    return load_der_x509_certificate(svid.leaf)
 
 
 @dataclass
