@@ -26,6 +26,30 @@ def prefix() -> tuple[str, ...]:
     return _BECOME if os.geteuid() == 0 else ()
 
 
+@contextlib.contextmanager
+def a_user() -> Iterator[tuple[str, ...]]:
+    """
+    What stands before several commands that are to be of one ordinary user.
+
+    Processes of two namespaces may not look at each other, and an agent looks at its callers.
+    """
+    if not prefix():
+        yield ()
+        return
+    holder = subprocess.Popen([*prefix(), "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    try:
+        holder.stdin.write(b".")
+        holder.stdin.flush()
+        assert holder.stdout.read(1) == b"."  # `cat` runs, so the namespace is there
+        yield ("nsenter", f"--user=/proc/{holder.pid}/ns/user", "--preserve-credentials")
+    finally:
+        holder.stdin.close()
+        holder.wait(10)
+        holder.stdout.close()
+
+
 @cache
 def _works() -> bool:
     command = (*prefix(), "true")

@@ -81,6 +81,10 @@ class Terminal:
 
     def close(self) -> None:
         """Press Ctrl-C, and leave."""
+        assert self._bash.stdin is not None
+        assert self._bash.stdout is not None
+        # First, or a shell whose program ended well would wait for the next line.
+        self._bash.stdin.close()
         for one in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             if self._bash.poll() is not None:
                 break
@@ -89,9 +93,7 @@ class Terminal:
                 self._bash.wait(5)
             except subprocess.TimeoutExpired:
                 continue
-        for stream in (self._bash.stdin, self._bash.stdout):
-            assert stream is not None
-            stream.close()
+        self._bash.stdout.close()
 
 
 @dataclass
