@@ -325,7 +325,9 @@ def _shown(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, tuple):
         return "[" + ", ".join(_shown(one) for one in value) + "]"
-    return "null" if value is None else str(value) or '""'
+    if isinstance(value, str) and (not value or _NUMBER.fullmatch(value)):
+        return f'"{value}"'  # a mode, which YAML would read as a number
+    return "null" if value is None else str(value)
 
 
 def _example(kind: type[Any], given: Mapping[str, str], path: str, pad: str) -> list[str]:
