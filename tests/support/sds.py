@@ -131,6 +131,7 @@ class Talk:
     names: tuple[str, ...] = ()
     accepted: str = ""
     last: Any = None
+    _reading: Any = None
 
     async def ask(self, *names: str, **fields: Any) -> None:
         """Ask for *names*, from the last answer on."""
@@ -142,7 +143,7 @@ class Talk:
     async def read(self, within: float = 5) -> Secrets:
         """The next answer; it must come."""
         async with asyncio.timeout(within):
-            message = await self.call.read()
+            message = await self._next()
         assert message is not grpc.aio.EOF, f"the stream ended: {await self.call.code()}"
         assert message.nonce
         assert self.last is None or message.nonce != self.last.nonce
@@ -166,19 +167,27 @@ class Talk:
         return answer
 
     async def is_quiet(self, seconds: float = QUIET) -> bool:
-        """True when no answer comes for a moment; what would come is not lost."""
-        reading = asyncio.ensure_future(self.call.read())
-        done, _ = await asyncio.wait([reading], timeout=seconds)
-        if not done:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+        """True when no answer comes for a moment; one that does is read next."""
+        done, _ = await asyncio.wait([self._start()], timeout=seconds)
         return not done
+
+    def _start(self) -> Any:
+        if self._reading is None:
+            # To cancel a read would end the stream: one that is under way is gone on with.
+            self._reading = asyncio.ensure_future(self.call.read())
+            self._reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return self._reading
+
+    async def _next(self) -> Any:
+        message = await self._start()
+        self._reading = None
+        return message
 
     async def ending(self, within: float = 5) -> tuple[grpc.StatusCode, str]:
         """How it ends, whatever it says before."""
         async with asyncio.timeout(within):
             try:
-                while await self.call.read() is not grpc.aio.EOF:
+                while await self._next() is not grpc.aio.EOF:
                     pass
             except grpc.aio.AioRpcError:
                 pass
