@@ -1,7 +1,7 @@
 """
 A workload that uses py-spiffe as it is, in a process of its own: a line in, a line out.
 
-Run as a program: it and our own generated messages cannot live in one process (T-29).
+Run as a program, as a workload is one; that both can live in one process is tested beside.
 """
 
 import json
@@ -106,8 +106,10 @@ class Workload:
         """A source that stays fresh by itself; its updates are told."""
         source = X509Source()
         self.sources.append(source)
-        source.subscribe_for_updates(lambda: UPDATES.put(svid_facts(source.svid)))
-        return svid_facts(source.svid)
+        source.subscribe_for_updates(
+            lambda: UPDATES.put(svid_facts(source.get_x509_context().default_svid))
+        )
+        return svid_facts(source.get_x509_context().default_svid)
 
     def jwt_source(self, audience):
         source = JwtSource()
@@ -118,7 +120,7 @@ class Workload:
         }
 
     def source_svid(self):
-        return svid_facts(self.sources[0].svid)
+        return svid_facts(self.sources[0].get_x509_context().default_svid)
 
     def source_closed(self):
         return [source.is_closed() for source in self.sources]
