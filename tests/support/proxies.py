@@ -41,11 +41,15 @@ async def running(folder: Path, *command: str, until: Path) -> AsyncIterator[sub
 
 
 @contextlib.contextmanager
-def started(folder: Path, *command: str) -> Iterator[tuple[subprocess.Popen, Path]]:
+def started(
+    folder: Path, *command: str, **environment: str
+) -> Iterator[tuple[subprocess.Popen, Path]]:
     """Run a program with its output in a file; it ends when the block does."""
     log = folder / f"{Path(command[0]).name}.log"
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **environment}, stdout=out, stderr=out
+        )
     try:
         yield process, log
     finally:
