@@ -447,22 +447,16 @@ async def test_sds_10_the_first_identity_of_a_process() -> None:
         default, roots = talk(stub), talk(stub)
         await default.ask("default")
         await roots.ask("ROOTCA")
-        (one, other) = await until_streams(stack, 2)
-        assert one.state == other.state == "awaited"
-        assert one.reason == "no registration entry matches this process"
+        why = "no registration entry matches this process"
+
+        async def are_held() -> bool:
+            told = (await stack.agent.explain(os.getpid())).sds_streams
+            return [(one.state, one.reason) for one in told] == [("awaited", why)] * 2
+
+        await stack.agent.process.until(are_held)
         await stack.server.add_entry("/web", stack.agent.agent_id, *ME)
         assert (await default.read(3)).svid("default").spiffe_id.uri == WEB
         assert set((await roots.read(3)).roots("ROOTCA")) == {"example.org"}
-
-
-async def until_streams(stack: Stack, count: int) -> list[Any]:
-    """What is told of this process's streams once there are *count* that asked."""
-
-    async def found() -> list[Any]:
-        streams = list((await stack.agent.explain(os.getpid())).sds_streams)
-        return streams if len([one for one in streams if one.names]) == count else []
-
-    return list(await stack.agent.process.until(found))
 
 
 async def test_sds_10_an_identity_that_goes_away() -> None:
