@@ -216,3 +216,25 @@ async def test_sec_85_names_of_others(talking: Talking) -> None:
 def stat_of(spiffe_id: str) -> str:
     """What Envoy calls the figures of a secret with this name."""
     return f"sds.{spiffe_id.replace('://', '_')}"
+
+
+async def test_what_an_envoy_refuses(talking: Talking) -> None:
+    """SDS-08: a refusal is logged once with Envoy's reason, and explain shows it."""
+    mesh = talking.mesh
+    wrong = mesh.envoy("mistaken")
+    await mesh.entry(wrong)
+    # A bundle where a certificate belongs: the kind of mistake people make.
+    listener = tls_listener("call", "service", wrong.access_log, svid="ROOTCA")
+    await mesh.start(wrong, [listener], [plain_cluster("service", mesh.service)])
+    await wrong.until_stat("sds.ROOTCA.update_rejected")
+    reason = "Failed to load incomplete private key"
+
+    async def explained() -> str:
+        ran = await Programs.of(mesh.stack).issuer("explain", "--pid", str(wrong.process.pid))
+        return ran.out if reason in ran.out else ""
+
+    assert "ROOTCA" in await wrong.until(explained)
+    await mesh.stack.agent.renew()  # something changed: it is told again, or nothing is
+    refusals = [one for one in mesh.stack.agent.process.events() if reason in str(one)]
+    assert len(refusals) == 1
+    assert (refusals[0]["level"], refusals[0]["pid"]) == ("warning", wrong.process.pid)

@@ -141,7 +141,7 @@ class Envoy:
             return await answer.text()
 
     async def _answers(self, path: str, text: str) -> bool:
-        if not self._admin.exists():
+        if not self._admin.exists() or not self._admin.read_text():
             return False
         with contextlib.suppress(aiohttp.ClientConnectionError):
             return text in await self.ask(path)
