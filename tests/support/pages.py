@@ -68,7 +68,8 @@ class Terminal:
     def see(self, pattern: str) -> str:
         """Wait until what was printed since the last look matches, and take it as seen."""
         end = time.monotonic() + self._patience
-        wanted = re.compile(pattern, re.MULTILINE | re.DOTALL)
+        # What may stand before says nothing in a search, and would make it one of squares.
+        wanted = re.compile(pattern.removeprefix(".*?"), re.MULTILINE | re.DOTALL)
         while (found := wanted.search(self.text, self._read_to)) is None:
             assert self._bash.stdout is not None
             left = end - time.monotonic()
