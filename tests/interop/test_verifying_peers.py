@@ -247,7 +247,7 @@ CLIENTS = {
         jdk_connects,
         ("server", "server-named"),
         {"other": f"not {SERVER}", "server-foreign": "(?i)signature|path|certif"},
-        ("java",),
+        ("javac",),
     ),
     "nginx-proxy_ssl_verify": Client(nginx_connects, NAMED, needs=("nginx",)),
     "haproxy-verify-required": Client(haproxy_connects, ALL_OF_OURS, needs=("haproxy",)),
@@ -392,7 +392,7 @@ class Server:
 SERVERS = {
     "openssl": Server(openssl_serves, ("client", "other"), ("openssl",)),
     "node": Server(node_serves, ("client",), ("node",)),
-    "jdk": Server(jdk_serves, ("client",), ("java",)),
+    "jdk": Server(jdk_serves, ("client",), ("javac",)),
     "nginx": Server(nginx_serves, ("client", "other"), ("nginx",)),
     "haproxy": Server(haproxy_serves, ("client", "other"), ("haproxy",)),
 }

@@ -29,7 +29,7 @@ def program(name: str) -> str:
 def needs_postgres() -> list[pytest.MarkDecorator]:
     """The marks of tests with it: from apt, as the wheel of PyPI is built without TLS."""
     missing = not Path(program("initdb")).is_absolute()
-    why = "PostgreSQL is not installed: `make test-root` does, where apt is"
+    why = "PostgreSQL is not installed here; `make test-root` says what it can do"
     return [pytest.mark.apt, pytest.mark.skipif(missing, reason=why), needs_ordinary_user()]
 
 

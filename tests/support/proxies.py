@@ -27,7 +27,7 @@ def program(name: str) -> str:
 def needs(*names: str) -> list[pytest.MarkDecorator]:
     """The marks of tests with programs that apt installs; they skip where one is missing."""
     missing = [name for name in names if shutil.which(name, path=PATH) is None]
-    why = f"{' and '.join(missing)} not installed: `make test-root` does, where apt is"
+    why = f"{' and '.join(missing)} not installed here; `make test-root` says what it can do"
     return [pytest.mark.apt, pytest.mark.skipif(bool(missing), reason=why)]
 
 
