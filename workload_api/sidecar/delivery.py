@@ -138,9 +138,10 @@ class Delivery:
                 self._token_problems[wanted] = str(error)
                 if isinstance(error, ForbiddenError):
                     self._known.tokens.pop(wanted, None)
+                self._tell()
                 if isinstance(error, FINAL):
                     self._final = error
-                self._tell()
+                    return
                 await self._clock.sleep(pauses.after(error))
                 continue
             pauses.reset()
