@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -182,9 +182,14 @@ class Mesh:
 
 
 @contextlib.asynccontextmanager
-async def a_mesh(**agent_changes: Any) -> AsyncIterator[Mesh]:
+async def a_mesh(
+    server_changes: Mapping[str, Any] | None = None, **agent_changes: Any
+) -> AsyncIterator[Mesh]:
     """All of it but the Envoys, running; they are ended with it."""
-    async with a_stack(agent_changes=agent_changes) as stack, an_upstream() as service:
+    async with (
+        a_stack(server_changes=server_changes, agent_changes=agent_changes) as stack,
+        an_upstream() as service,
+    ):
         mesh = Mesh(stack, service, stack.agent.sds_socket)
         try:
             yield mesh
@@ -236,11 +241,13 @@ async def get(port: int, path: str = "/") -> Answer:
 
 @dataclass
 class Load:
-    """Requests without a pause, some at a time, for as long as it is entered."""
+    """Requests one after the other, some at a time, for as long as it is entered."""
 
     port: int
     answers: list[Answer] = field(default_factory=list)
     at_once: int = 3
+    pause: float = 0
+    """Seconds between two requests of each, where a test is about time and not about many."""
 
     async def __aenter__(self) -> Self:
         self._tasks = [asyncio.create_task(self._run()) for _ in range(self.at_once)]
@@ -269,3 +276,4 @@ class Load:
     async def _run(self) -> None:
         while True:
             self.answers.append(await get(self.port))
+            await asyncio.sleep(self.pause)

@@ -1,16 +1,21 @@
-"""What two Envoys in mutual TLS notice of an agent or a server that is gone: nothing."""
+"""
+What two Envoys in mutual TLS notice of what goes on around them: nothing.
+
+The agent and the server are killed, SVIDs end, and keys are of other kinds.
+"""
 
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
 
-from tests.support.envoy import Envoy, Load, Mesh, a_mesh, needs_envoy
+from tests.support.envoy import Envoy, Load, Mesh, a_mesh, get, needs_envoy
 from tests.support.envoyconfig import (
     plain_cluster,
     plain_listener,
@@ -32,9 +37,9 @@ class Pair:
     port: int
 
     @contextlib.asynccontextmanager
-    async def traffic(self) -> AsyncIterator[Load]:
+    async def traffic(self, pause: float = 0) -> AsyncIterator[Load]:
         """Requests from the first line to the last, each in a handshake; all are answered."""
-        async with Load(self.port) as load:
+        async with Load(self.port, pause=pause) as load:
             await load.more(20)
             yield load
             await load.more(20)
@@ -55,18 +60,19 @@ class Pair:
         await self.front.until(both)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def pair() -> AsyncIterator[Pair]:
+@contextlib.asynccontextmanager
+async def a_pair(
+    server_changes: Mapping[str, Any] | None = None, **agent_changes: Any
+) -> AsyncIterator[Pair]:
     """A front and a back, with an identity each, that try again soon when the agent is gone."""
-    async with a_mesh() as mesh:
+    async with a_mesh(server_changes, **agent_changes) as mesh:
         back, front = mesh.envoy("back"), mesh.envoy("front")
         await mesh.entry(back)
         await mesh.entry(front)
-        await mesh.start(
-            back,
-            [tls_listener("back", "service", back.access_log, peers=[front.id], retry=SOON)],
-            [plain_cluster("service", mesh.service)],
+        listener = tls_listener(
+            "back", "service", back.access_log, peers=[front.id], retry=SOON
         )
+        await mesh.start(back, [listener], [plain_cluster("service", mesh.service)])
         await back.ready()
         await mesh.start(
             front,
@@ -75,6 +81,13 @@ async def pair() -> AsyncIterator[Pair]:
         )
         await front.ready()
         yield Pair(mesh, front, back, await front.port("front"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair() -> AsyncIterator[Pair]:
+    """One whose SVIDs live for an hour."""
+    async with a_pair() as made:
+        yield made
 
 
 async def test_the_agent_is_killed(pair: Pair) -> None:
@@ -152,3 +165,22 @@ async def test_an_envoy_that_starts_again(pair: Pair) -> None:
     assert (await again.serials()).isdisjoint(before)
     taken = "sds.default.update_success"
     assert await again.stats(taken) == {taken: 1}
+
+
+async def test_svids_of_seconds() -> None:
+    """SDS-09: SVIDs that live for 4 s are renewed by themselves, and none is used too long."""
+    seen: set[str] = set()
+    async with a_pair({"svids": {"x509_ttl": "4s"}}) as pair, pair.traffic(pause=0.02) as load:
+        while len(seen) < 4:  # the first has ended before the fourth comes
+            seen |= {one.headers["x-client-serial"] for one in await load.more(5)}
+
+
+@pytest.mark.parametrize(
+    ("authority", "svid"), [("rsa-2048", "ec-p384"), ("ec-p384", "rsa-2048")]
+)
+async def test_kinds_of_keys(authority: str, svid: str) -> None:
+    """SDS-05: whatever kind of key an operator sets, Envoy takes what we make of it."""
+    server = {"authority": {"key_type": authority}}
+    async with a_pair(server, workloads={"key_type": svid}) as pair:
+        answer = await get(pair.port)
+        assert (answer.status, answer.headers["x-client"]) == (200, pair.front.id)
