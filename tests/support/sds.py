@@ -195,10 +195,10 @@ class Talk:
 
 
 @asynccontextmanager
-async def sds_at(socket: Path) -> AsyncIterator[Any]:
+async def sds_at(socket: Path, *options: tuple[str, int]) -> AsyncIterator[Any]:
     """The stub of an SDS at *socket*, over a connection of its own."""
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(f"unix:{socket}", options) as channel:
+    own = [("grpc.use_local_subchannel_pool", 1), *options]
+    async with grpc.aio.insecure_channel(f"unix:{socket}", own) as channel:
         yield sds_pb2_grpc.SecretDiscoveryServiceStub(channel)
 
 

@@ -9,9 +9,9 @@ Callers are proved and attested exactly as for the Workload API.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final
 
 import grpc
 
@@ -55,7 +55,7 @@ class UnknownNamesError(MalformedError):
 
 
 class _OverError(Exception):
-    """The client has closed its side: the stream ends well."""
+    """The client closed its side before it asked for anything: the stream ends well."""
 
 
 @dataclass
@@ -100,9 +100,10 @@ class SdsServicer:
         with (
             self.callers.follow(peer) as process,
             self.exchanges.opened(peer, self.terms, now()) as exchange,
-            _Place(self._held, peer.uid) as place,
+            contextlib.ExitStack() as place,
             contextlib.suppress(_OverError),
         ):
+            place.callback(self._held.take(peer.uid))
             stream = _Stream(process, exchange, place)
             reading = asyncio.create_task(self._read(requests, stream))
             try:
@@ -199,7 +200,7 @@ class SdsServicer:
                 return answer
 
     def _is_worth_it(self, stream: "_Stream") -> bool:
-        if stream.exchange.failure is not None or stream.exchange.is_over:
+        if stream.exchange.failure is not None:
             return True
         if self.refuse_unknown_names and not self._found(stream).is_possible:
             return True
@@ -217,7 +218,8 @@ class SdsServicer:
                     raise
                 self._hold(stream, str(error))
             else:
-                stream.place.need(not process.view.decision.matched)
+                if process.view.decision.matched:
+                    stream.place.close()
                 return
             retry_at = loop.time() + RETRY_SECONDS
             while await process.woken(retry_at):
@@ -285,7 +287,8 @@ class _Stream:
 
     process: Followed
     exchange: Exchange
-    place: "_Place"
+    place: contextlib.ExitStack
+    """Its place among those without an identity, until it has one."""
 
     def check(self) -> None:
         """
@@ -293,38 +296,9 @@ class _Stream:
 
         Raises:
             SpiffeError: the client asked for what cannot be.
-            _OverError: it has said all.
+            _OverError: it has asked for nothing, and never will.
         """
         if self.exchange.failure is not None:
             raise self.exchange.failure
-        if self.exchange.is_over:
+        if self.exchange.is_over and self.exchange.names is None:
             raise _OverError
-
-
-class _Place:
-    """One of a user's places for streams without an identity; taken until there is one."""
-
-    def __init__(self, places: Places, uid: int) -> None:
-        self._places = places
-        self._uid = uid
-        self._give_back: Callable[[], None] | None = None
-
-    def need(self, needed: bool) -> None:
-        """
-        Take the place, or give it back.
-
-        Raises:
-            ExhaustedError: all of this user's are taken.
-        """
-        if needed and self._give_back is None:
-            self._give_back = self._places.take(self._uid)
-        elif not needed and self._give_back is not None:
-            self._give_back()
-            self._give_back = None
-
-    def __enter__(self) -> Self:
-        self.need(True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.need(False)
