@@ -6,7 +6,15 @@ from typing import Any
 from issuer.cli.calls import call
 from issuer.cli.entry import selector_match
 from spiffe_core.spiffeid import SpiffeId
-from spiffe_wire.commandline import DONE, explained, message, relative, show, spiffe_id, table
+from spiffe_wire.commandline import (
+    DONE,
+    explained,
+    message,
+    relative,
+    show,
+    spiffe_id,
+    table,
+)
 from spiffe_wire.convert.entry import id_to_wire
 from spiffe_wire.pb.spire.api.server.agent.v1 import agent_pb2, agent_pb2_grpc
 
@@ -49,7 +57,9 @@ def show_all(arguments: argparse.Namespace) -> int:
                 return found
 
     found = call(arguments.socket, ask)
-    if arguments.output != "text":
+    if arguments.quiet:
+        show(None, "text", "\n".join(spiffe_id(one.id) for one in found))
+    elif arguments.output != "text":
         show({"agents": [message(one) for one in found]}, arguments.output)
     elif not found:
         show(None, "text", "no agent found: `issuer token generate` makes a token for one")

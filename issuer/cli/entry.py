@@ -62,7 +62,9 @@ def show(arguments: argparse.Namespace) -> int:
         lambda channel: _found(channel, arguments.entry_id, wanted),
         if_missing=_IF_MISSING,
     )
-    if arguments.output != "text":
+    if arguments.quiet:
+        print_value(None, "text", "\n".join(one.id for one in found))
+    elif arguments.output != "text":
         print_value({"entries": [message(one) for one in found]}, arguments.output)
     elif not found:
         print_value(None, "text", "no entry matches: `issuer entry create` adds one")

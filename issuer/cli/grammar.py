@@ -226,6 +226,12 @@ def _entry_filter(one: argparse.ArgumentParser) -> None:
     one.add_argument("--downstream", action="store_true", help="of downstream servers alone")
 
 
+def _quiet(one: argparse.ArgumentParser, what: str) -> None:
+    one.add_argument(
+        "-q", "--quiet", action="store_true", help=f"print {what} alone, one a line"
+    )
+
+
 def _match(one: argparse.ArgumentParser, name: str) -> None:
     one.add_argument(
         name, choices=MATCHES, default="superset", metavar="HOW",
@@ -248,6 +254,7 @@ def _entry(one: argparse.ArgumentParser) -> None:
     for name in ("show", "list"):
         show = _asks(_add(commands, name, "entry:show", "list entries"))
         show.add_argument("--entry-id", metavar="ID", help="this one alone, in full")
+        _quiet(show, "entry IDs")
         _entry_filter(show)
     delete = _asks(_add(commands, "delete", "entry:delete", "remove entries"))
     delete.add_argument("entry_ids", nargs="*", metavar="ID", help="which entry")
@@ -281,6 +288,8 @@ def _agent(one: argparse.ArgumentParser) -> None:
         )  # fmt: skip
         _many(command, "--selector", "TYPE:VALUE", "with this selector; repeatable")
         _match(command, "--match-selectors-on")
+        if name == "list":
+            _quiet(command, "SPIFFE IDs")
     for name, text in (
         ("show", "show one agent"),
         ("ban", "deny an agent at once, until it is evicted"),

@@ -42,6 +42,8 @@ async def test_an_entry_is_created_and_shown(programs: Programs) -> None:
     as_json = await programs.issuer("entry", "show", "--entry-id", "all-1", "-o", "json")
     as_yaml = await programs.issuer("entry", "show", "--entry-id", "all-1", "-o", "yaml")
     assert as_json.json == as_yaml.yaml == {"entries": [entry]}
+    quiet = await programs.issuer("entry", "show", "-q", "--entry-id", "all-1")
+    assert quiet.out == "all-1\n"
     text = await programs.issuer("entry", "show", "--entry-id", "all-1")
     for fact in (
         "all-1", "spiffe://example.org/all", PARENT, "unix:gid:7", "unix:uid:61999", "600 s",

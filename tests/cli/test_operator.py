@@ -63,7 +63,7 @@ async def test_a_token_lets_one_agent_join(programs: Programs, stack: Stack) -> 
 
 
 async def test_agents_are_listed_and_shown(programs: Programs, stack: Stack) -> None:
-    """An agent's row has its ID, how it attested, until when, and its version."""
+    """An agent's row has its ID, how it attested, until when, and its version; -q the ID."""
     listed = await programs.issuer("agent", "list")
     assert listed.out.splitlines()[0].split() == [
         "SPIFFE", "ID", "TYPE", "SVID", "EXPIRES", "STATE", "VERSION",
@@ -74,6 +74,11 @@ async def test_agents_are_listed_and_shown(programs: Programs, stack: Stack) -> 
     assert row[2:4] in (["in", "59m"], ["in", "60m"])
     assert row[4:] == ["attested", "0.1.0"]
 
+    ids = await programs.issuer("agent", "list", "-q")
+    assert stack.agent.agent_id in ids.out.splitlines()
+    assert all(one.startswith("spiffe://") for one in ids.out.splitlines())
+    quiet = await programs.issuer("agent", "list", "-q", "--type", "x509pop")
+    assert (quiet.code, quiet.out) == (DONE, "")
     none = await programs.issuer("agent", "list", "--type", "x509pop")
     assert none.out == "no agent found: `issuer token generate` makes a token for one\n"
     count = await programs.issuer("agent", "count", "--banned", "-o", "json")
