@@ -181,7 +181,7 @@ async def test_an_answer_that_is_final(
 
 
 READS = """
-import os, ssl, sys
+import os, ssl, sys, time
 folder, rounds, pairs = sys.argv[1], 0, set()
 print("reading", flush=True)
 while not os.path.exists(folder + "/over"):
@@ -197,6 +197,7 @@ while not os.path.exists(folder + "/over"):
     except FileNotFoundError:
         continue  # a newer set took its place: look up again
     rounds += 1
+    time.sleep(0.001)
 print(rounds, len(pairs))
 """
 """Has OpenSSL load certificate and key over and over: it refuses two that do not fit."""
