@@ -298,7 +298,8 @@ async def test_envoys_long_node_is_taken_and_not_kept() -> None:
         tracemalloc.start()
         try:
             for conversation in conversations:
-                await conversation.get("default", node=big)
+                await conversation.ask("default", node=big)
+                await conversation.read()
             grown, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
