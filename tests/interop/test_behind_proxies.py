@@ -7,7 +7,6 @@ second trust domain too, as in a federation done wrong, and the application is w
 
 import asyncio
 import contextlib
-import os
 import socket
 import ssl
 import sys
@@ -150,9 +149,7 @@ def as_on_the_page(kind: str, folder: Path, web: Paper, roots: str) -> None:
             text = body.replace(before, after.format(folder))
             assert name != HOW[kind][-1] or text != body
             if name == "nginx.conf":
-                # Otherwise root's workers are another user, who may not enter everywhere.
-                user = "user root;\n" if os.geteuid() == 0 else ""
-                text = user + text.replace("ssl_verify_client on", f"ssl_verify_client {ANY}")
+                text = text.replace("ssl_verify_client on", f"ssl_verify_client {ANY}")
             (folder / name).write_text(text)
     (folder / "web").mkdir()
     pem, key = web.cert.read_text(), web.key.read_text()

@@ -110,9 +110,8 @@ async def nginx(folder: Path, http: str, socket_name: str) -> AsyncIterator[subp
         f"{kind}_temp_path {folder}/tmp-{kind};"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    user = "user root;" if os.geteuid() == 0 else ""
     (folder / "nginx.conf").write_text(
-        f"daemon off; worker_processes 1; pid {folder}/nginx.pid; {user}\n"
+        f"daemon off; worker_processes 1; pid {folder}/nginx.pid;\n"
         f"error_log stderr info; events {{}}\nhttp {{ access_log off; {temporary}\n{http}\n}}\n"
     )
     command = (program("nginx"), "-p", str(folder), "-c", "nginx.conf", "-e", "stderr")
