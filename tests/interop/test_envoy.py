@@ -184,6 +184,21 @@ async def test_an_identity_that_appears_late(talking: Talking) -> None:
     }
 
 
+async def test_an_identity_that_is_taken_away(talking: Talking) -> None:
+    """SDS has no way to take a certificate back: its stream is held, and explain says so."""
+    mesh = talking.mesh
+    former = mesh.envoy("former")
+    entry = await mesh.entry(former)
+    listener = tls_listener("call", "service", former.access_log)
+    await mesh.start(former, [listener], [plain_cluster("service", mesh.service)])
+    await former.ready()
+    before = await former.serials(), await former.stats("sds.")
+
+    await mesh.stack.server.delete_entries(entry)
+    await former.until(lambda: explained(mesh, former, "sds default: awaited"))
+    assert (await former.serials(), await former.stats("sds.")) == before
+
+
 async def test_sec_85_names_of_others(talking: Talking) -> None:
     """SEC-85, SDS-07: Envoys get their own ID's certificate; others' and no one's are held."""
     mesh = talking.mesh
@@ -228,13 +243,15 @@ async def test_what_an_envoy_refuses(talking: Talking) -> None:
     await mesh.start(wrong, [listener], [plain_cluster("service", mesh.service)])
     await wrong.until_stat("sds.ROOTCA.update_rejected")
     reason = "Failed to load incomplete private key"
-
-    async def explained() -> str:
-        ran = await Programs.of(mesh.stack).issuer("explain", "--pid", str(wrong.process.pid))
-        return ran.out if reason in ran.out else ""
-
-    assert "ROOTCA" in await wrong.until(explained)
+    text = await wrong.until(lambda: explained(mesh, wrong, reason))
+    assert "sds ROOTCA: Envoy has refused version" in text
     await mesh.stack.agent.renew()  # something changed: it is told again, or nothing is
     refusals = [one for one in mesh.stack.agent.process.events() if reason in str(one)]
     assert len(refusals) == 1
     assert (refusals[0]["level"], refusals[0]["pid"]) == ("warning", wrong.process.pid)
+
+
+async def explained(mesh: Mesh, envoy: Envoy, saying: str) -> str:
+    """What ``issuer explain`` prints of an Envoy, if that holds the text."""
+    ran = await Programs.of(mesh.stack).issuer("explain", "--pid", str(envoy.process.pid))
+    return ran.out if saying in ran.out else ""
