@@ -407,8 +407,8 @@ async def test_what_its_metrics_say(start: Start, fake: FakeWorkloadApi) -> None
     fake.allow()
     await sidecar.said("on_change_failed", tries_left=0)
     page = (await sidecar.status("/metrics"))[1]
-    assert "spiffe_sidecar_ready 1" in page
-    assert "spiffe_sidecar_sets_written_total 1" in page
-    assert 'spiffe_sidecar_failures_total{what="on_change"} 1' in page
+    assert "sidecar_ready 1" in page
+    assert "sidecar_sets_written_total 1" in page
+    assert 'sidecar_failures_total{what="on_change"} 1' in page
     expiry = fake.identities[0].svid.validity.not_after.timestamp()
-    assert f"spiffe_sidecar_expiry_seconds {expiry:.0f}" in page
+    assert f"sidecar_expiry_seconds {expiry:.0f}" in page

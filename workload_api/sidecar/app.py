@@ -6,11 +6,10 @@ Puts a sidecar together, and runs it until it is told to stop or its command end
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from spiffe_core.errors import PreconditionError
@@ -20,7 +19,7 @@ from workload_api.client.client import WorkloadClient
 from workload_api.client.watching import SystemClock
 from workload_api.sidecar.actions import Actions
 from workload_api.sidecar.children import Children, heard_already
-from workload_api.sidecar.config import Kind, SidecarSettings, Status
+from workload_api.sidecar.config import Kind, SidecarSettings
 from workload_api.sidecar.delivery import Delivery
 from workload_api.sidecar.files import SvidFolder
 from workload_api.sidecar.program import Program
@@ -72,7 +71,11 @@ async def serve(
             stack.push_async_callback(program.close)
         sidecar = Sidecar(settings, client, folder, children, program, environment)
         if settings.status.port:
-            await stack.enter_async_context(_status(settings.status, sidecar))
+            from workload_api.sidecar.status import serving
+
+            await stack.enter_async_context(
+                serving(settings.status, sidecar.delivery, sidecar.actions)
+            )
         return await sidecar.run(signals, once=once)
 
 
@@ -162,54 +165,3 @@ def _warn_of_unsafe(settings: SidecarSettings) -> None:
                 setting=f"on_change[{number}].unsafe_remote_url",
                 why="the call leaves this machine in the clear",
             )  # fmt: skip
-
-
-@contextlib.asynccontextmanager
-async def _status(settings: Status, sidecar: Sidecar) -> AsyncIterator[None]:
-    from spiffe_wire.httpstatus import StatusServer
-    from spiffe_wire.metrics import CONTENT_TYPE, Counter, Gauge, Registry
-
-    registry = Registry()
-    expiry = Gauge(
-        "spiffe_sidecar_expiry_seconds",
-        "When the first of the files expires, in Unix time; 0 while there is none",
-        registry=registry,
-    )
-    ready_gauge = Gauge(
-        "spiffe_sidecar_ready", "1 when every file is there and good", registry=registry
-    )
-    written = Counter("spiffe_sidecar_sets_written_total", "Sets of files", registry=registry)
-    failed = Counter(
-        "spiffe_sidecar_failures_total", "What could not be done", ("what",), registry=registry
-    )
-
-    def ready() -> tuple[int, str, bytes]:
-        delivery = sidecar.delivery
-        end = delivery.written.expires_at if delivery.written else None
-        body = json.dumps(
-            {
-                "ready": delivery.is_ready,
-                "problems": delivery.problems,
-                "expires_at": end.isoformat() if end else None,
-            }
-        )
-        return (200 if delivery.is_ready else 503), "application/json", body.encode() + b"\n"
-
-    def page() -> tuple[int, str, bytes]:
-        delivery = sidecar.delivery
-        end = delivery.written.expires_at if delivery.written else None
-        expiry.set(end.timestamp() if end else 0)
-        ready_gauge.set(1 if delivery.is_ready else 0)
-        written.labels().value = delivery.sets_written
-        failed.labels("write").value = delivery.failures
-        failed.labels("on_change").value = sidecar.actions.failures
-        return 200, CONTENT_TYPE, registry.text()
-
-    routes = {
-        "/live": lambda: (200, "application/json", b'{"live": true}\n'),
-        "/ready": ready,
-        "/metrics": page,
-    }
-    async with StatusServer(settings.host, settings.port, routes) as server:
-        event(_log, logging.INFO, "status_ready", port=server.port)
-        yield
