@@ -24,7 +24,7 @@ from tests.support.programs import Programs
 
 pytestmark = [needs_envoy, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(90)]
 STRANGER = "spiffe://example.org/stranger"
-LATE = "spiffe://example.org/late"
+LATE = ["spiffe://example.org/late", "spiffe://example.org/later"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ async def talking() -> AsyncIterator[Talking]:
     Three Envoys with an identity each.
 
     The back one listens twice: ``strict`` takes no peer in TLS but the front, ``filtered``
-    takes any of the trust domain, and lets through the front and one that is not there yet.
+    takes any of the trust domain, and lets through the front and two that are not there yet.
     """
     async with a_mesh() as mesh:
         back, front, stranger = (mesh.envoy(name) for name in ("back", "front", "stranger"))
@@ -56,7 +56,7 @@ async def talking() -> AsyncIterator[Talking]:
             back,
             [
                 tls_listener("strict", "service", log, peers=[front.id]),
-                tls_listener("filtered", "service", log, allowed=[front.id, LATE]),
+                tls_listener("filtered", "service", log, allowed=[front.id, *LATE]),
             ],
             [plain_cluster("service", mesh.service)],
         )
@@ -182,6 +182,30 @@ async def test_an_identity_that_appears_late(talking: Talking) -> None:
     assert await late.stats(f"cluster.{AGENT}.upstream_cx_total") == {
         f"cluster.{AGENT}.upstream_cx_total": 1
     }
+
+
+async def test_an_envoy_that_does_not_wait(talking: Talking) -> None:
+    """SDS-10: an Envoy that went on without a certificate is healed by the push of one."""
+    mesh = talking.mesh
+    later = mesh.envoy("later")
+    cluster = tls_cluster(
+        "call", await talking.back.port("filtered"), peers=[talking.back.id], wait="0.2s"
+    )
+    await mesh.start(later, [plain_listener("call", "call", later.access_log)], [cluster])
+    await later.ready()
+    port = await later.port("call")
+    assert (await get(port)).status == 503
+    (logged,) = await later.until(later.accesses)
+    assert "Secret_is_not_supplied_by_SDS" in logged["failure"]
+
+    await mesh.entry(later)
+
+    async def healed() -> bool:
+        return (await get(port)).status == 200
+
+    await later.until(healed)
+    connections = f"cluster.{AGENT}.upstream_cx_total"
+    assert await later.stats(connections) == {connections: 1}
 
 
 async def test_an_identity_that_is_taken_away(talking: Talking) -> None:

@@ -22,8 +22,12 @@ ROUTER = {
 AGENT = "spiffe_agent"
 
 
-def sds(name: str, header: str = "", **retry: str) -> Json:
-    """A secret that the agent pushes; *header* is the value of the Workload API's header."""
+def sds(name: str, header: str = "", wait: str = "0s", **retry: str) -> Json:
+    """
+    A secret that the agent pushes; *header* is the value of the Workload API's header.
+
+    Envoy waits for it as long as it takes, unless *wait* is set; its own default is 15 s.
+    """
     grpc: Json = {"envoy_grpc": {"cluster_name": AGENT}}
     if header:
         grpc["initial_metadata"] = [{"key": "workload.spiffe.io", "value": header}]
@@ -33,9 +37,7 @@ def sds(name: str, header: str = "", **retry: str) -> Json:
         "name": name,
         "sds_config": {
             "resource_api_version": "V3",
-            # Wait for an identity for as long as it takes; by default Envoy goes on without
-            # one after 15 s.
-            "initial_fetch_timeout": "0s",
+            "initial_fetch_timeout": wait,
             "api_config_source": {
                 "api_type": "GRPC",
                 "transport_api_version": "V3",
@@ -51,16 +53,17 @@ def common_tls(
     svid: str = "default",
     bundle: str = "ROOTCA",
     header: str = "",
+    wait: str = "0s",
     retry: Mapping[str, str] | None = None,
 ) -> Json:
     """The part of TLS that both sides share: our certificate, and who may be the peer."""
     names = [{"san_type": "URI", "matcher": {"exact": peer}} for peer in peers]
     return {
         "tls_params": {"tls_maximum_protocol_version": "TLSv1_3"},
-        "tls_certificate_sds_secret_configs": [sds(svid, header, **(retry or {}))],
+        "tls_certificate_sds_secret_configs": [sds(svid, header, wait, **(retry or {}))],
         "combined_validation_context": {
             "default_validation_context": {"match_typed_subject_alt_names": names},
-            "validation_context_sds_secret_config": sds(bundle, header, **(retry or {})),
+            "validation_context_sds_secret_config": sds(bundle, header, wait, **(retry or {})),
         },
     }
 
