@@ -447,7 +447,7 @@ async def test_sec_11_ours_asks_the_domain_in_the_name(papers: Papers) -> None:
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl program here")
 @pytest.mark.parametrize("name", PRESENTED)
 async def test_openssl_and_we_agree(papers: Papers, name: str) -> None:
-    """X509-45, SEC-13: `openssl verify -x509_strict` builds the path where ours does."""
+    """X509-45: `openssl verify -x509_strict` builds the path where ours does."""
     paper, good = papers[name], name in ALL_OF_OURS
     with contextlib.nullcontext() if good else pytest.raises(subprocess.CalledProcessError):
         openssl_verifies(papers.bundle, paper.cert)
