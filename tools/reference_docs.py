@@ -70,8 +70,8 @@ CONFIG = """
 # Settings
 
 Server, agent and sidecar each read one YAML file. Every key has a default, save `trust_domain`,
-and `dir` of the sidecar. An unknown key, a key that is there twice, or an impossible value stops
-the process, and the message starts with the key's path.
+and `dir` of the sidecar. An unknown key, a key that is there twice, or an impossible value
+stops the process, and the message starts with the key's path.
 
 ```
 issuer config example > server.yaml          issuer config validate -c server.yaml

@@ -134,10 +134,11 @@ class SvidFolder:
 
     def tidy(self) -> None:
         """Remove what is not the current set: older ones, and leftovers of a crash."""
-        current = self._current()
-        for one in self._listed():
-            if one == _NEW_LINK or (one.startswith(_SET) and one != current):
-                self._remove(one)
+        with contextlib.suppress(OSError):  # it is looked at again at the next change
+            current = self._current()
+            for one in self._listed():
+                if one == _NEW_LINK or (one.startswith(_SET) and one != current):
+                    self._remove(one)
 
     def remove_all(self) -> None:
         """Remove every file that was written here."""
