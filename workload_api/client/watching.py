@@ -143,7 +143,8 @@ class Follower(Generic[_T]):
 
     def _fail(self, why: str) -> None:
         if why != self._said:  # once for an outage, however long
-            event(_log, logging.WARNING, "source_not_fresh", stream=self.name, why=why)
+            level = logging.WARNING if self.final is None else logging.ERROR
+            event(_log, level, "source_not_fresh", stream=self.name, why=why)
         self.problem = self._said = why
 
 

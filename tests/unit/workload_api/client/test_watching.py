@@ -149,6 +149,7 @@ async def test_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> Non
         await Play([away, away, away, ["a", *away], away, [END]]).run()
     why = [one.event_fields["why"] for one in caplog.records]  # type: ignore[attr-defined]
     assert why == ["away", "away", str(END)]
+    assert [one.levelname for one in caplog.records] == ["WARNING", "WARNING", "ERROR"]
 
 
 class Most(random.Random):
