@@ -90,6 +90,7 @@ requirements: ## Pin and hash the dependencies anew
 audit: ## Known vulnerabilities in what is pinned
 	@$(BOOT) dev
 	$(PY) -m pip_audit --disable-pip --require-hashes -r requirements/dev.txt
+	$(PY) -m pip_audit --disable-pip --require-hashes -r requirements/envoy.txt
 
 clean: ## Remove what the targets made
-	rm -rf .venv .cache .mypy_cache .ruff_cache .hypothesis dist build .bootstrap.lock
+	rm -rf .venv .venv-envoy .cache .mypy_cache .ruff_cache .hypothesis dist build .bootstrap.lock
