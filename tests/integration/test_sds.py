@@ -281,6 +281,33 @@ async def test_federation_comes_and_goes() -> None:
         assert await partners.is_quiet(0.05)
 
 
+async def test_a_partner_whose_bundle_is_not_known() -> None:
+    """An operator is told that a bundle is missing, and not to look for an entry."""
+    async with an_sds() as sds:
+        names = frozenset({PARTNER.trust_domain})
+        sds.endpoint.put(replace(WEB, federates_with=names))
+        conversation = sds.talk()
+        await conversation.ask("spiffe://partner.test")
+        await until_told(sds, "awaited", "no bundle is known of spiffe://partner.test")
+        change = sds.endpoint.cache.apply(snapshot=False, bundles=[PARTNER.bundle])
+        sds.endpoint.cache.wake(change)
+        assert await conversation.read(1)
+
+
+async def test_a_stream_that_is_held_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """SDS-10: the log says which process waits for what, once, and not what is being signed."""
+    caplog.set_level("INFO")
+    async with an_sds() as sds:
+        sds.endpoint.put(WEB, signed=False)
+        conversation, other = sds.talk(), sds.talk()
+        await other.ask("default")
+        await conversation.ask("nobody")
+        for _ in range(5):
+            assert await conversation.is_quiet(0.02)
+            sds.endpoint.cache.wake(EVERYBODY)
+        assert caplog.messages.count("sds_awaited") == 1
+
+
 async def test_an_entry_that_expires() -> None:
     """SEC-36: when its entry expires a stream is held, with no change that would wake it."""
     async with an_sds() as sds:

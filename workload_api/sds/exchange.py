@@ -11,13 +11,16 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from spiffe_core.errors import SpiffeError
 from spiffe_wire.frontdoor.peer import UnixPeer
 from spiffe_wire.pb.spiffe_issuer.v1 import explain_pb2
 from workload_api.sds.request import Node, SecretsRequest
 from workload_api.sds.resources import Answer, Terms
+
+MAX_TOLD: Final = 50
+"""Streams of one process: an Envoy has a few, and the answer fits 4 MiB whatever they say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,16 @@ class Exchange:
         self.awaited, self.since = why, at
         return True
 
+    def go_on(self, at: datetime) -> None:
+        """What is asked for is there."""
+        if self.awaited:
+            self.awaited, self.since = "", at
+
+    @property
+    def is_content(self) -> bool:
+        """True when the client has what it asks for."""
+        return self.outcome is Outcome.ACCEPTED and not self.awaited
+
     def message(self) -> Any:
         """Return what an operator is told of it."""
         is_awaited = bool(self.awaited) or self.outcome is Outcome.NONE
@@ -143,9 +156,15 @@ class Exchanges:
             self._open.discard(exchange)
 
     def of(self, pid: int) -> list[Any]:
-        """Return what an operator is told of a process's streams, by what they ask for."""
+        """
+        Return what an operator is told of a process's streams, by what they ask for.
+
+        `MAX_TOLD` at most, and of those that get what they ask for the fewest.
+        """
         found = [one for one in self._open if one.peer.pid == pid and one.peer.alive()]
-        return [one.message() for one in sorted(found, key=lambda one: one.names or ())]
+        found.sort(key=lambda one: (one.is_content, one.names or ()))
+        found = sorted(found[:MAX_TOLD], key=lambda one: one.names or ())
+        return [one.message() for one in found]
 
     def __len__(self) -> int:
         return len(self._open)

@@ -29,7 +29,7 @@ from workload_api.endpoint.following import Callers, Followed
 from workload_api.endpoint.workload import FIRST_SVID_SECONDS, WHOLE_SECONDS
 from workload_api.metrics import AgentMetrics
 from workload_api.sds.exchange import Exchange, Exchanges
-from workload_api.sds.request import MAX_REQUEST_BYTES, Node, read_request
+from workload_api.sds.request import MAX_REQUEST_BYTES, Node, legible, read_request
 from workload_api.sds.resources import Answer, Answers, Found, Terms, find
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ HELD_PER_UID: Final = 2000
 """Streams of one user that are held without an identity; each costs about 50 KB."""
 RETRY_SECONDS: Final = 5.0
 """Until a process that could not be attested is attested again."""
-LINES_PER_SECOND: Final = 20  # about refusals; a process that refuses all day floods no log
+LINES_PER_SECOND: Final = 20  # about streams; a process that refuses all day floods no log
 _MAX_QUOTED: Final = 3
 _MAX_QUOTED_CHARACTERS: Final = 200
 
@@ -168,6 +168,9 @@ class SdsServicer:
 
     def _on_refusal(self, exchange: Exchange) -> None:
         self.metrics.sds_refusals.inc()
+        self._log(logging.WARNING, "sds_refused_by_envoy", exchange, exchange.refusal)
+
+    def _log(self, level: int, name: str, exchange: Exchange, reason: str) -> None:
         now = asyncio.get_running_loop().time()
         if now - self._second >= 1:
             self._second, self._lines = now, 0
@@ -176,12 +179,13 @@ class SdsServicer:
             return
         event(
             _log,
-            logging.WARNING,
-            "sds_refused_by_envoy",
+            level,
+            name,
             pid=exchange.peer.pid,
-            names=" ".join(exchange.names or ()) or "everything",
+            uid=exchange.peer.uid,
+            names=legible(" ".join(exchange.names or ())) or "everything",
             version=exchange.version,
-            reason=exchange.refusal,
+            reason=reason,
         )
 
     async def _next(self, stream: "_Stream") -> Answer:
@@ -240,7 +244,9 @@ class SdsServicer:
         """The answer to what is asked for, or None while there is none."""
         found = self._found(stream)
         if not found.is_whole:
-            self._hold(stream, self._why(found, stream.process))
+            why = self._why(found, stream.process)
+            if self._hold(stream, why) and not found.is_possible:
+                self._log(logging.INFO, "sds_awaited", stream.exchange, why)
             return None
         try:
             answer = self.answers.of(found)
@@ -249,7 +255,7 @@ class SdsServicer:
             if self._hold(stream, str(error)):
                 event(_log, logging.ERROR, "response_withheld", exc_info=error)
             return None
-        stream.exchange.awaited = ""
+        stream.exchange.go_on(self.callers.now())
         return answer
 
     def _found(self, stream: "_Stream") -> Found:
@@ -280,9 +286,15 @@ class SdsServicer:
             return "the agent has not heard from its server yet"
         if not process.view.decision.matched:
             return "no registration entry matches this process"
-        if found.unknown:
-            return f"no entry of this process gives it {', '.join(found.unknown)}"
-        return f"being signed: {', '.join(found.pending)}"
+        if not found.unknown:
+            return legible(f"being signed: {', '.join(found.pending)}")
+        federated = {
+            name for one in process.view.decision.matched for name in one.federates_with
+        }
+        awaited = {name.id.uri for name in federated} & set(found.unknown)
+        if awaited:
+            return legible(f"no bundle is known of {', '.join(sorted(awaited))}")
+        return legible(f"no entry of this process gives it {', '.join(found.unknown)}")
 
 
 @dataclass(slots=True)
@@ -302,7 +314,8 @@ class _Stream:
             SpiffeError: the client asked for what cannot be.
             _OverError: it has asked for nothing, and never will.
         """
-        if self.exchange.failure is not None:
-            raise self.exchange.failure
+        failure, self.exchange.failure = self.exchange.failure, None
+        if failure is not None:
+            raise failure  # kept by nothing here: its frames hold the peer's pidfd
         if self.exchange.is_over and self.exchange.names is None:
             raise _OverError

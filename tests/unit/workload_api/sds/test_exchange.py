@@ -1,5 +1,6 @@
 """One stream's state: what a request means after what was said before."""
 
+import contextlib
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from spiffe_core.errors import MalformedError
 from spiffe_wire.pb.envoy.service.discovery.v3 import discovery_pb2
 from tests.support.authorities import NOW
-from workload_api.sds.exchange import Exchange, Exchanges, Heard
+from workload_api.sds.exchange import MAX_TOLD, Exchange, Exchanges, Heard
 from workload_api.sds.request import Node, SecretsRequest
 from workload_api.sds.resources import Answer, Terms
 
@@ -178,8 +179,12 @@ def test_waiting_is_shown_with_its_reason() -> None:
     exchange.hold("gone", LATER)
     assert state(exchange) == ("awaited", "gone")
     assert exchange.message().accepted_version == "v1"
-    exchange.awaited = ""
+    later = LATER + timedelta(seconds=9)
+    exchange.go_on(later)
     assert state(exchange) == ("accepted", "")
+    assert exchange.message().since == int(later.timestamp())
+    exchange.go_on(later + timedelta(seconds=9))
+    assert exchange.message().since == int(later.timestamp())
 
 
 def test_streams_are_found_by_their_process() -> None:
@@ -194,6 +199,21 @@ def test_streams_are_found_by_their_process() -> None:
             assert [list(one.names) for one in open_.of(7)] == [["a"], ["b"]]
     assert len(open_) == 0
     assert open_.of(7) == []
+
+
+def test_sec_80_only_so_many_are_told_of() -> None:
+    """SEC-80: of a process with very many streams those are told of that lack something."""
+    open_, peer = Exchanges(), APeer(7)
+    with contextlib.ExitStack() as stack:
+        for number in range(MAX_TOLD + 20):
+            one = stack.enter_context(open_.opened(peer, Terms(), NOW))
+            one.hear(SecretsRequest((f"{number:03}",)), NOW)
+            send(one, FIRST)
+            hear(one, refusal="bad key" if number >= MAX_TOLD + 10 else None)
+        told = open_.of(7)
+        assert len(told) == MAX_TOLD
+        assert [one.state for one in told].count("refused") == 10
+        assert [list(one.names) for one in told] == sorted(list(one.names) for one in told)
 
 
 def test_answers_of_the_same_version_differ_in_their_nonce_alone() -> None:

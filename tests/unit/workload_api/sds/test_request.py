@@ -140,7 +140,7 @@ def test_bytes_that_are_no_request(data: bytes) -> None:
 
 @given(st.binary(max_size=300))
 def test_any_bytes(data: bytes) -> None:
-    """SEC-120: any bytes are read, or refused as malformed; nothing else comes out."""
+    """Any bytes are read, or refused as malformed; nothing else comes out."""
     try:
         request = read_request(data)
     except MalformedError:
