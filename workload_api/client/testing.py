@@ -40,7 +40,7 @@ from spiffe_wire.pb import workloadapi_pb2, workloadapi_pb2_grpc
 from spiffe_wire.security_header import KEY, VALUE, has_header
 from spiffe_wire.status import status_of
 from workload_api.client.client import X509Identity
-from workload_api.client.fake_authority import X509_TTL, utc_now
+from workload_api.client.fake_authority import JWT_TTL, X509_TTL, utc_now
 from workload_api.client.fake_authority import FakeAuthority as FakeAuthority
 from workload_api.client.material import X509Material
 
@@ -79,8 +79,9 @@ class FakeWorkloadApi:
     """
     Serves *identities* of *trust_domain* to every caller, as a context manager.
 
-    Identities are paths, or `FakeIdentity` where a hint or a lifetime matters.  Every method
-    may be called from any thread, and open streams hear of each change at once.
+    Identities are paths, or `FakeIdentity` where a hint or a lifetime matters; JWT-SVIDs that
+    are asked for live for *jwt_ttl*.  Every method may be called from any thread, and open
+    streams hear of each change at once.
 
     Raises:
         PreconditionError: the path of *socket* is too long for a socket.
@@ -93,10 +94,12 @@ class FakeWorkloadApi:
         trust_domain: str = "example.org",
         federated: Iterable[str] = (),
         intermediate: bool = False,
+        jwt_ttl: timedelta = JWT_TTL,
         socket: str | os.PathLike[str] | None = None,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._now = now
+        self._jwt_ttl = jwt_ttl
         self.authority = FakeAuthority(trust_domain, intermediate=intermediate, now=now)
         """Signs what is served; use it to sign for peers."""
         self.calls: Counter[str] = Counter()
@@ -371,7 +374,7 @@ class _Servicer(workloadapi_pb2_grpc.SpiffeWorkloadAPIServicer):
             raise ForbiddenError(_NOBODY)  # WAPI-37
         response = workloadapi_pb2.JWTSVIDResponse()
         for one in identities:
-            svid = self._fake.mint_jwt(one.path, *request.audience)
+            svid = self._fake.mint_jwt(one.path, *request.audience, ttl=self._fake._jwt_ttl)
             response.svids.add(spiffe_id=svid.spiffe_id.uri, svid=svid.token, hint=one.hint)
         return response
 

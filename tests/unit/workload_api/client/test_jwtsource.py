@@ -43,7 +43,8 @@ class Faulty(FakeWorkloadApi):
     audience: tuple[str, ...] = ()
 
     def mint_jwt(self, path: str, *audience: str, **options: Any) -> JwtSvid:
-        return super().mint_jwt(self.path, *(self.audience or audience), **self.options)
+        options |= self.options
+        return super().mint_jwt(self.path, *(self.audience or audience), **options)
 
 
 @dataclass
@@ -297,9 +298,7 @@ async def test_wapi_15_an_answer_that_is_not_what_was_asked_for(
 
 async def test_an_old_one_is_not_asked_for_over_and_over() -> None:
     """SEC-107: of a JWT-SVID that is old when it comes, half of what is left is waited for."""
-    fake = Faulty("/web")
-    fake.options = {"ttl": timedelta(seconds=1)}
-    async with playing(fake) as play:
+    async with playing(FakeWorkloadApi(jwt_ttl=timedelta(seconds=1))) as play:
         await play.source.fetch("db")
         (held,) = play.source._held.values()
         assert held.renew_at >= play.clock.now() + timedelta(seconds=1)
