@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import signal
@@ -65,6 +66,15 @@ def fake() -> Iterator[FakeWorkloadApi]:
     """An agent for which we are ``/web``, and ``/api`` by the hint ``api``."""
     with FakeWorkloadApi("/web", FakeIdentity("/api", "api"), federated=["p.test"]) as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """What runs in this process sets up its log; the next test has its own."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before
 
 
 async def run_with(fake: FakeWorkloadApi, *arguments: str | Path, **options: Any) -> Ran:
@@ -131,39 +141,35 @@ async def test_the_command_finds_its_files(fake: FakeWorkloadApi) -> None:
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(
-    ("option", "path"),
-    [((), "/web"), (("--hint", "api"), "/api"),
-     (("--spiffe-id", "spiffe://example.org/api"), "/api")],
-    ids=["first", "hint", "id"],
-)  # fmt: skip
-async def test_a_folder_of_ones_own(
-    option: tuple[str, ...], path: str, fake: FakeWorkloadApi, tmp_path: Path
-) -> None:
+async def test_a_folder_of_ones_own(fake: FakeWorkloadApi, tmp_path: Path) -> None:
     """With --dir the files stay, of the identity that was asked for, and openssl is content."""
-    folder = tmp_path / "svids"
-    command = (
-        "openssl",
-        "x509",
-        "-in",
-        folder / "svid.pem",
-        "-noout",
-        "-ext",
-        "subjectAltName",
-    )
-    done = await run_with(fake, "--dir", folder, *option, "--", *command)
-    assert done.code == DONE
-    assert f"URI:spiffe://example.org{path}" in done.out
-    openssl_verifies(folder / "bundle.pem", folder / "svid.pem")
-    openssl_key_fits(folder / "svid.key", folder / "svid.pem")
+    asked = {
+        "first": ((), "/web"),
+        "hint": (("--hint", "api"), "/api"),
+        "id": (("--spiffe-id", "spiffe://example.org/api"), "/api"),
+    }
+
+    async def one(name: str) -> None:
+        option, path = asked[name]
+        folder = tmp_path / name
+        shown = ("-noout", "-ext", "subjectAltName")
+        done = await run_with(
+            fake, "--dir", folder, *option, "--", "openssl", "x509", "-in",
+            folder / "svid.pem", *shown,
+        )  # fmt: skip
+        assert done.code == DONE
+        assert f"URI:spiffe://example.org{path}" in done.out
+        openssl_verifies(folder / "bundle.pem", folder / "svid.pem")
+        openssl_key_fits(folder / "svid.key", folder / "svid.pem")
+
+    await asyncio.gather(*map(one, asked))
 
 
-@pytest.mark.parametrize(
-    ("script", "code"), [("exit 0", 0), ("exit 37", 37), ("kill -9 $$", 137)]
-)
-async def test_its_exit_code(script: str, code: int, fake: FakeWorkloadApi) -> None:
+async def test_its_exit_code(fake: FakeWorkloadApi) -> None:
     """The command's exit code is ours; 128 + n when signal n ended it."""
-    assert (await run_with(fake, "--", "sh", "-c", script)).code == code
+    scripts = ("exit 0", "exit 37", "kill -9 $$")
+    done = await asyncio.gather(*(run_with(fake, "--", "sh", "-c", one) for one in scripts))
+    assert [one.code for one in done] == [0, 37, 137]
 
 
 @pytest.mark.parametrize(
@@ -174,9 +180,11 @@ async def test_its_exit_code(script: str, code: int, fake: FakeWorkloadApi) -> N
     ],
     ids=["missing", "folder"],
 )
-async def test_no_command(command: str, code: int, why: str) -> None:
+def test_no_command(
+    command: str, code: int, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It is said at once, with a shell's exit code, though no agent answers."""
-    done = await ran(*RUN_WITH, "--endpoint", "/nonexistent/s", "--", command)
+    done = called(main, capsys, "run-with", "--endpoint", "/nonexistent/s", "--", command)
     assert (done.code, done.out) == (code, "")
     assert done.err.endswith(why)
 

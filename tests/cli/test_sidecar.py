@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import socket
 import stat
 import sys
@@ -114,6 +115,15 @@ def fake() -> Iterator[FakeWorkloadApi]:
     """An agent for which we are ``/web``, and ``/api`` by the hint ``api``."""
     with FakeWorkloadApi("/web", FakeIdentity("/api", "api"), federated=["p.test"]) as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """What runs in this process sets up its log; the next test has its own."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before
 
 
 Start = Callable[..., Sidecar]

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -18,7 +19,6 @@ from tests.support.programs import (
     DONE,
     REFUSED,
     UNREACHABLE,
-    USAGE,
     Programs,
     environment,
     openssl_key_fits,
@@ -165,43 +165,23 @@ async def test_pkcs12(programs: Programs, tmp_path: Path) -> None:
     assert (await ran(*command, "pass:wrong")).code != 0
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--format", "pkcs12"),
-        ("--format", "pkcs12", "--write", "d"),
-        ("--format", "pkcs12", "--password-file", "f"),
-        ("--password-file", "f", "--write", "d"),
-    ],
-    ids=" ".join,
-)
-async def test_pkcs12_needs(options: tuple[str, ...], programs: Programs) -> None:
-    """What goes together is said, before anything is asked."""
-    answer = await programs.agent("fetch", "bundles", *options)
-    assert (answer.code, answer.out) == (USAGE, "")
-    assert "--format pkcs12 goes with --write DIR and --password-file FILE" in answer.err
-
-
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [(None, "cannot read"), (b"", "1 to 1024 bytes"), (b"x" * 1025, "1 to 1024 bytes")],
-    ids=["missing", "empty", "too-long"],
-)
-async def test_a_password_file_that_will_not_do(
-    content: bytes | None, why: str, programs: Programs, tmp_path: Path
-) -> None:
-    """The file is named, what it holds is not, and nothing is written."""
-    password = tmp_path / "password"
-    if content is not None:
-        password.write_bytes(content)
-    answer = await programs.agent(
-        "fetch", "x509", "--format", "pkcs12", "--password-file", password, "--write",
-        tmp_path / "d",
-    )  # fmt: skip
-    assert answer.code == REFUSED
-    assert why in answer.err
-    assert str(password) in answer.err
-    assert not (tmp_path / "d").exists()
+@pytest.mark.apt
+@pytest.mark.skipif(shutil.which("keytool") is None, reason="there is no keytool (a JDK)")
+async def test_java_reads_it(programs: Programs, tmp_path: Path) -> None:
+    """keytool finds our key in one file, and a trusted authority in the other."""
+    folder, password = tmp_path / "p12", tmp_path / "password"
+    password.write_text("changeit\n")
+    await programs.agent(
+        "fetch", "x509", "--format", "pkcs12", "--password-file", password, "--write", folder
+    )
+    for name, entry in (
+        ("svid.0.p12", r"spiffe://example\.org/web, .*, PrivateKeyEntry"),
+        ("bundle.example.org.p12", r"example\.org-0, .*, trustedCertEntry"),
+    ):
+        listed = await ran(
+            "keytool", "-list", "-keystore", folder / name, "-storepass", "changeit"
+        )
+        assert re.search(entry, listed.out), listed.out
 
 
 async def test_bundles(programs: Programs) -> None:

@@ -16,7 +16,7 @@ may rely on:
 * Files that are opened below the folder that ``..data`` leads to, looked up once, are of one
   set.  If one is missing there, a newer set has taken its place: look up again.
 * Two names that are opened one after the other are of one set unless the change falls between
-  the two.  Who reads when told to (a signal) is safe: after a change, `Writer` in
+  the two.  Who reads when told to (a signal) is safe: after a change,
   `workload_api.sidecar.delivery` leaves the set as it is for a while.
 
 Source: SEC-11 (a file for each trust domain), SEC-90.  Keys are created with mode 0600, in a
@@ -138,14 +138,6 @@ class SvidFolder:
             current = self._current()
             for one in self._listed():
                 if one == _NEW_LINK or (one.startswith(_SET) and one != current):
-                    self._remove(one)
-
-    def remove_all(self) -> None:
-        """Remove every file that was written here."""
-        with self._reported():
-            self._link(())
-            for one in self._listed():
-                if one in (DATA, _NEW_LINK) or one.startswith(_SET):
                     self._remove(one)
 
     def _fill(
