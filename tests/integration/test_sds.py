@@ -7,16 +7,18 @@ hand, so that each change comes alone.  What an operator sees is asked of a real
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import pytest
 
 from spiffe_core.bundle import Bundle
+from spiffe_wire.frontdoor.peer import UnixPeer
 from spiffe_wire.pb import workloadapi_pb2_grpc
 from spiffe_wire.pb.envoy.service.secret.v3 import sds_pb2_grpc
 from spiffe_wire.security_header import METADATA
@@ -24,13 +26,13 @@ from tests.faults.workloads import saved
 from tests.support.authorities import NOW
 from tests.support.ca import FakeCa
 from tests.support.children import open_files
+from tests.support.endpoint import Told, read
 from tests.support.endpoint import fetch as fetch_svids
-from tests.support.endpoint import read
 from tests.support.programs import DONE, REFUSED, Programs
 from tests.support.sds import Sds, Secrets, a_request, an_sds, sds_at, talk
 from tests.support.stack import ROOT, a_stack
 from tests.support.store import an_entry, some
-from workload_api.attestors.protocol import AttestationError
+from workload_api.attestors.protocol import AttestationError, Finding, NotYetError
 from workload_api.cache.cache import EVERYBODY
 from workload_api.sds import stream
 
@@ -209,6 +211,41 @@ async def test_who_cannot_be_attested_under_spires_setting() -> None:
         conversation = sds.talk()
         await conversation.ask("default")
         assert (await conversation.ending())[0] is Code.UNAVAILABLE
+
+
+class Arriving:
+    """An attestor whose platform tells of the process when it is told to."""
+
+    type: ClassVar[str] = "unix"
+
+    def __init__(self) -> None:
+        self.arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def attest(self, _: UnixPeer) -> Finding:
+        """See `WorkloadAttestor`."""
+        if not self.arrived.done():
+            raise NotYetError("the kubelet has yet to tell", self.arrived)
+        return Finding(WEB.selectors)
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+
+async def test_a_container_that_the_platform_tells_of_late() -> None:
+    """SDS-10: answered when the kubelet has told of the container, however long that takes."""
+    attestor = Arriving()
+    endpoint = {
+        "attestors": [attestor, Told("docker:label:a:b")],
+        "attestation_timeout": timedelta(milliseconds=50),
+    }
+    async with an_sds(endpoint=endpoint) as sds:
+        sds.endpoint.put(WEB)
+        conversation = sds.talk()
+        await conversation.ask("default")
+        await until_told(sds, "awaited", "no registration entry matches this process")
+        assert await conversation.is_quiet()
+        attestor.arrived.set_result(None)
+        assert await conversation.read(1)
 
 
 # What wakes a stream, and what does not
@@ -465,6 +502,35 @@ async def test_after_a_restart_the_version_is_the_same() -> None:
             after = await conversation.read()
         assert after.version == before.version
         assert after.svid("default") == before.svid("default")
+
+
+async def test_the_metrics_page_counts_streams() -> None:
+    """The agent's metrics say how many SDS streams are open, and count what is refused."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    async def metrics() -> dict[str, float]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")
+        text = (await reader.read()).decode()
+        writer.close()
+        await writer.wait_closed()
+        found = [one.split() for one in text.splitlines() if one.startswith("agent_sds_")]
+        return {one[0]: float(one[1]) for one in found}
+
+    async with a_stack(agent_changes={"status": {"port": port}}) as stack:
+        await stack.server.add_entry("/web", stack.agent.agent_id, ME)
+        async with sds_at(stack.agent.sds_socket) as stub:
+            for _ in range(3):
+                conversation = talk(stub)
+                await conversation.ask("default")
+                await conversation.read()
+            assert await metrics() == {"agent_sds_streams": 3, "agent_sds_refusals_total": 0}
+            await conversation.nack("bad key")
+            async with asyncio.timeout(5):
+                while (await metrics())["agent_sds_refusals_total"] != 1:
+                    await asyncio.sleep(0.01)
 
 
 async def test_switched_off() -> None:
