@@ -9,7 +9,16 @@ dialer, and both use the contexts of `ssl_context`.  Servicers and stubs are any
 
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -306,13 +315,16 @@ class _Explains:
         except BaseException:
             call.cancel()
             raise
-        if code is grpc.StatusCode.OK:
-            return call
+        if code is not grpc.StatusCode.OK:
+            await self.answer(call)
+        return call
+
+    async def answer(self, call: Any) -> Any:
+        """Return the answer, or raise with the reason."""
         try:
-            await call
+            return await call
         except grpc.aio.AioRpcError as error:
             raise self._explained(error) from error
-        return call
 
     async def stream(self, call: Any) -> AsyncIterator[Any]:
         """Pass the answers on; an error with the reason."""
@@ -338,6 +350,20 @@ class _Explains:
         )
 
 
+class _Explained:
+    """A call with another answer."""
+
+    def __init__(self, call: Any, answer: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
+        self._call = call
+        self._answer = answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._answer(self._call).__await__()
+
+
 class _UnaryUnary(_Explains, grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(
         self, continuation: Any, client_call_details: Any, request: Any
@@ -351,7 +377,9 @@ class _StreamUnary(_Explains, grpc.aio.StreamUnaryClientInterceptor):
         self, continuation: Any, client_call_details: Any, request_iterator: Any
     ) -> Any:
         """Call, and explain a failure."""
-        return await self.unary(await continuation(client_call_details, request_iterator))
+        # Not to be waited for here: grpcio lets nobody write before this returns.
+        call = await continuation(client_call_details, request_iterator)
+        return _Explained(call, self.answer)
 
 
 class _UnaryStream(_Explains, grpc.aio.UnaryStreamClientInterceptor):
