@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.compose import Project, a_project, why_no_project
 from tests.support.containers import Engine, Podman, why_not
 
 
@@ -23,3 +24,12 @@ def podman() -> Iterator[Podman]:
         pytest.skip(reason)
     with Podman() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def project() -> Iterator[Project]:
+    """docker-compose.yml, built, in an engine of its own."""
+    if reason := why_no_project():
+        pytest.skip(reason)
+    with a_project() as built:
+        yield built

@@ -1,0 +1,128 @@
+"""
+docker-compose.yml in an engine of its own, with images that are built there.
+
+By their own Dockerfiles, from a base that is made of this machine's Python and an index of the
+pinned packages; Envoy's image is made of the program that other tests run.
+"""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.containers import Engine, why_not
+from tests.support.envoy import PROGRAM
+from tests.support.images import INDEX, base_image, one_program, why_no_base
+from tests.support.netns import raise_loopback
+from tests.support.stack import ROOT
+
+BASE, ENVOY = "local/python:1", "local/envoy:1"
+PAGE = "http://127.0.0.1:8080/"
+"""The one port that is open, in the engine's network."""
+
+
+def why_no_project() -> str | None:
+    """Why it cannot be brought up here; None when it can."""
+    if reason := why_not() or why_no_base():
+        return reason
+    missing = [one for one in ("docker-compose", "iptables", "curl") if not shutil.which(one)]
+    if missing:
+        return f"needs {', '.join(missing)} (`make test-docker` installs it by apt as root)"
+    return None
+
+
+class BridgedEngine(Engine):
+    """Docker as it is out of the box, with networks and their rules; in its own network."""
+
+    def daemon(self) -> Sequence[str]:
+        """See `Engine`."""
+        left_out = ("--iptables", "--ip6tables", "--ip-masq", "--ip-forward")
+        return [one for one in super().daemon() if not one.startswith(left_out)]
+
+    def load(self, name: str, tar: bytes, *changes: str) -> None:
+        """Make an image of a tar."""
+        words = [word for one in changes for word in ("--change", one)]
+        self.run(self.program, "import", *words, "-", name, given=tar)
+
+    def run(self, *command: str, given: bytes | None = None) -> str:
+        """Run *command* as its client, and return what that printed."""
+        done = subprocess.run(
+            command, env=self.environment, input=given, capture_output=True, timeout=150
+        )
+        assert done.returncode == 0, (command, done.stdout[-3000:], done.stderr[-3000:])
+        return done.stdout.decode()
+
+
+@dataclass(frozen=True)
+class Project:
+    """docker-compose.yml, in an engine that has its images."""
+
+    engine: BridgedEngine
+
+    @property
+    def become(self) -> tuple[str, ...]:
+        """What a command is run through to be where the engine's ports are, and to find it."""
+        told = [f"{name}={value}" for name, value in self.engine.environment.items()]
+        return ("nsenter", f"--net=/proc/{self.engine.pid}/ns/net", "env", *told)
+
+    def compose(self, *words: str) -> str:
+        """Run docker-compose, and return what it printed."""
+        return self.engine.run(*self.become, "docker-compose", *words)
+
+    def docker(self, *words: str) -> str:
+        """Run docker, and return what it printed."""
+        return self.engine.run(self.engine.program, *words)
+
+    def python(self, service: str, program: str) -> str:
+        """Run a Python program beside a service, and return what it printed."""
+        return self.compose("exec", "-T", service, "python3", "-c", program)
+
+    def issuer(self, *words: str) -> Any:
+        """What the server answers to an operator."""
+        return json.loads(
+            self.compose("exec", "-T", "server", "issuer", *words, "--output", "json")
+        )
+
+    def asked(self) -> str:
+        """What somebody on this machine gets at the one open port, once it is served."""
+        patient = ("--fail", "--retry", "30", "--retry-delay", "1", "--retry-all-errors")
+        return self.engine.run(*self.become, "curl", "-sS", *patient, PAGE)
+
+    def containers(self) -> dict[str, Any]:
+        """All that the engine knows of the containers that run, by service."""
+        found = json.loads(self.docker("inspect", *self.docker("ps", "--quiet").split()))
+        return {one["Config"]["Labels"]["com.docker.compose.service"]: one for one in found}
+
+
+@contextlib.contextmanager
+def a_project() -> Iterator[Project]:
+    """The project, built, and not up."""
+    assert PROGRAM is not None
+    compose = shutil.which("docker-compose")
+    with BridgedEngine() as engine, tempfile.TemporaryDirectory() as folder:
+        # It would colour its log where nobody sees it, and take what is typed meanwhile.
+        plain = Path(folder, "docker-compose")
+        plain.write_text(f'#!/bin/sh\nexec {compose} --ansi never "$@" < /dev/null\n')
+        plain.chmod(0o755)
+        engine.environment |= {
+            "PATH": f"{folder}:{engine.environment['PATH']}",
+            "COMPOSE_FILE": str(ROOT / "docker-compose.yml"),
+            "COMPOSE_PROJECT_NAME": "compose",
+            "BASE_IMAGE": BASE,
+            "ENVOY_IMAGE": ENVOY,
+            "DOCKER_BUILDKIT": "0",  # not on every machine; and this one works on all
+        }
+        raise_loopback(engine.pid)
+        engine.load(BASE, base_image(), f"ENV PIP_INDEX_URL=file://{INDEX}")
+        engine.load(ENVOY, one_program(PROGRAM, Path("/usr/local/bin/envoy")))
+        project = Project(engine)
+        project.compose("build")
+        try:
+            yield project
+        finally:
+            project.compose("down", "--volumes")
