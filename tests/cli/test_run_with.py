@@ -61,6 +61,22 @@ while True:
 """A program that says which signals it hears, and ends with 9 at TERM."""
 
 
+ON_A_TERMINAL = """
+import os, pty, sys
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
+"""
+COUNTS = """
+import signal, sys
+heard = []
+signal.signal(signal.SIGINT, lambda *_: (heard.append(1), print("caught", flush=True)))
+print("ready", flush=True)
+line = sys.stdin.readline()
+print("heard", len(heard), "read", line, flush=True)
+sys.exit(5)
+"""
+"""Says how often it was interrupted before somebody typed a line."""
+
+
 @pytest.fixture
 def fake() -> Iterator[FakeWorkloadApi]:
     """An agent for which we are ``/web``, and ``/api`` by the hint ``api``."""
@@ -235,6 +251,26 @@ async def test_signals(fake: FakeWorkloadApi) -> None:
         assert await line_of(process) == "HUP"
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 10) == 9
+
+
+async def test_ctrl_c_is_the_commands(fake: FakeWorkloadApi) -> None:
+    """At a terminal a key's signal reaches the command once, from the terminal alone."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ON_A_TERMINAL, *RUN_WITH, "--", sys.executable, "-c", COUNTS,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT,
+        env=environment(fake.environment),
+    )  # fmt: skip
+    try:
+        assert process.stdin is not None
+        for typed, wanted in ((b"", "ready"), (b"\x03", "caught"), (b"x\n", "heard 1 read x")):
+            process.stdin.write(typed)
+            while wanted not in (line := await line_of(process)):
+                assert line, f"it ended, waiting for {wanted}"
+        assert await asyncio.wait_for(process.wait(), 20) == 5
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
 
 
 async def test_on_renew_signal(fake: FakeWorkloadApi) -> None:

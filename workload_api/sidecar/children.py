@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Final, Self
@@ -112,10 +113,15 @@ def program_of(name: str) -> str:
     Raises:
         ProgramError: with a shell's exit code, 127 or 126.
     """
-    found = shutil.which(name)
-    if found is None and not os.path.exists(name):
-        raise ProgramError(f"{name}: no such command", NO_COMMAND)
+    found = shutil.which(name) or (name if "/" in name else shutil.which(name, os.F_OK))
+    try:
+        mode = os.stat(found).st_mode if found else 0
+    except OSError:
+        found = None
     if found is None:
+        raise ProgramError(f"{name}: no such command", NO_COMMAND)
+    # By its mode, as access(2) knows nothing of capabilities; the kernel has the last word.
+    if not stat.S_ISREG(mode) or not mode & 0o111:
         raise ProgramError(f"{name}: is not a program that can be run", NO_PROGRAM)
     return found
 
