@@ -11,7 +11,11 @@ import pytest
 from tests.support.pages import play
 from tests.support.stack import ROOT, a_folder
 
-PAGES = ("docs/tutorial/first-svid.md", "docs/howto/server-and-agents.md")
+PAGES = (
+    "docs/tutorial/first-svid.md",
+    "docs/howto/server-and-agents.md",
+    "docs/howto/test-your-service.md",
+)
 
 
 @pytest.mark.timeout(120)
