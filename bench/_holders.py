@@ -29,19 +29,15 @@ HOLD = "/bench.Echo/Hold"
 """Of `bench._echo`: sends what it was asked with, and what it is pushed."""
 
 
-def _requests(kind: str) -> AsyncIterator[bytes]:
+async def _requests() -> AsyncIterator[bytes]:
     """What Envoy would ask, once; then the stream stays open."""
+    from spiffe_wire.pb.envoy.service.discovery.v3 import discovery_pb2
 
-    async def stream() -> AsyncIterator[bytes]:
-        from spiffe_wire.pb.envoy.service.discovery.v3 import discovery_pb2
-
-        yield discovery_pb2.DiscoveryRequest(
-            type_url="type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
-            resource_names=["default"],
-        ).SerializeToString()
-        await asyncio.Event().wait()
-
-    return stream()
+    yield discovery_pb2.DiscoveryRequest(
+        type_url="type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
+        resource_names=["default"],
+    ).SerializeToString()
+    await asyncio.Event().wait()
 
 
 def _call(channel: grpc.aio.Channel, kind: str) -> Any:
@@ -50,7 +46,7 @@ def _call(channel: grpc.aio.Channel, kind: str) -> Any:
         return method(b"", metadata=METADATA)
     if kind == "sds":
         name = "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets"
-        return channel.stream_stream(name)(_requests(kind))
+        return channel.stream_stream(name)(_requests())
     return channel.unary_stream(HOLD)(b"m" * 1500)
 
 
