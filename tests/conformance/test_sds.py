@@ -97,6 +97,14 @@ async def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), caught.value.details() or ""
 
 
+def refused(name: str) -> str:
+    """What a caller is told of a name that is not its own."""
+    return (
+        f"this process may not have '{name}'; the operator can ask why with "
+        f"`issuer explain --pid {os.getpid()}`"
+    )
+
+
 # The service and its callers
 
 
@@ -294,7 +302,7 @@ async def test_sds_07_a_stream_is_held(stub: Any, name: str) -> None:
 async def test_sds_07_fetch_is_refused(stub: Any, name: str) -> None:
     """SDS-07, SEC-85: foreign or non-existing, the single call says the same: not yours."""
     code, text = await refusal(stub.FetchSecrets(a_request(name)))
-    assert (code, text) == (Code.INVALID_ARGUMENT, f"this process may not have '{name}'")
+    assert (code, text) == (Code.INVALID_ARGUMENT, refused(name))
 
 
 async def test_sds_07_no_partial_answer(stub: Any) -> None:
@@ -318,9 +326,7 @@ async def test_sds_07_as_spire_answers() -> None:
             for name in NOT_MINE:
                 conversation = talk(stub)
                 await conversation.ask("default", name)
-                assert await conversation.ending() == (
-                    Code.INVALID_ARGUMENT, f"this process may not have '{name}'",
-                )  # fmt: skip
+                assert await conversation.ending() == (Code.INVALID_ARGUMENT, refused(name))
             assert (await talk(stub).get("default")).names == {"default"}
 
 

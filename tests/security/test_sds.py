@@ -227,7 +227,9 @@ async def test_sec_85_the_refusals_are_alike() -> None:
             await conversation.ask(name)
             code, text = await conversation.ending()
             endings.append((code, text.replace(name, "NAME")))
-        assert set(endings) == {(Code.INVALID_ARGUMENT, "this process may not have 'NAME'")}
+        ((code, text),) = set(endings)
+        assert code is Code.INVALID_ARGUMENT
+        assert text.startswith("this process may not have 'NAME'; the operator can ask why")
 
 
 async def test_sec_91_what_was_asked_for_is_quoted_legibly() -> None:
@@ -238,7 +240,7 @@ async def test_sec_91_what_was_asked_for_is_quoted_legibly() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await sds.stub.FetchSecrets(a_request(*names))
         text = caught.value.details() or ""
-        assert text.endswith(" and 4 more")
+        assert " and 4 more; " in text
         assert len(text) < 800
         assert text.isprintable()
 

@@ -23,6 +23,7 @@ from spiffe_core.errors import (
     UnsupportedError,
 )
 from spiffe_wire.frontdoor.limits import Places
+from spiffe_wire.frontdoor.peer import UnixPeer
 from spiffe_wire.logs import event
 from spiffe_wire.pb.envoy.service.secret.v3 import sds_pb2_grpc
 from workload_api.endpoint.following import Callers, Followed
@@ -46,12 +47,11 @@ _MAX_QUOTED_CHARACTERS: Final = 200
 class UnknownNamesError(MalformedError):
     """The caller has no such names; whether anybody has them is not said (SEC-85)."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], pid: int) -> None:
         said = ", ".join(ascii(one[:_MAX_QUOTED_CHARACTERS]) for one in names[:_MAX_QUOTED])
         more = f" and {len(names) - _MAX_QUOTED} more" if len(names) > _MAX_QUOTED else ""
-        super().__init__(
-            f"this process may not have {said}{more}" if names else "no identity issued"
-        )
+        what = f"this process may not have {said}{more}" if names else "no identity issued"
+        super().__init__(f"{what}; the operator can ask why with `issuer explain --pid {pid}`")
 
 
 class _OverError(Exception):
@@ -127,7 +127,7 @@ class SdsServicer:
             until = asyncio.get_running_loop().time() + FIRST_SVID_SECONDS
             await process.attest()
             while not (found := self._find(process, request.names, is_plain)).is_whole:
-                self._check_known(found)
+                self._check_known(found, peer)
                 if not await process.woken(until):
                     raise NotReadyError("the identity is being signed; try again")
                 await process.attest()
@@ -202,7 +202,7 @@ class SdsServicer:
             if not exchange.version:
                 await self._whole(stream)
             if self.refuse_unknown_names:
-                self._check_known(self._found(stream))
+                self._check_known(self._found(stream), process.peer)
             answer = self._answer(stream)
             if answer is not None and exchange.wants(answer):
                 return answer
@@ -266,7 +266,7 @@ class SdsServicer:
         own = self.callers.cache.trust_domain
         return find(process.view, own, names, self.terms, is_plain=is_plain)
 
-    def _check_known(self, found: Found) -> None:
+    def _check_known(self, found: Found, peer: UnixPeer) -> None:
         """
         Refuse what nothing is on its way for.
 
@@ -275,7 +275,7 @@ class SdsServicer:
         """
         if not found.is_possible:
             self.metrics.denials.inc()
-            raise UnknownNamesError(found.unknown)
+            raise UnknownNamesError(found.unknown, peer.pid)
 
     def _hold(self, stream: "_Stream", why: str) -> bool:
         return stream.exchange.hold(why, self.callers.now())
