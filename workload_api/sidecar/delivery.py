@@ -148,7 +148,7 @@ class Delivery:
             self._token_problems.pop(wanted, None)
             self._known.tokens[wanted] = token
             self._tell()
-            await self._clock.sleep(_until_renewal(token, self._clock.now()))
+            await self._clock.sleep(until_renewal(token, self._clock.now()))
 
     async def _write_all(self, *, once: bool) -> None:
         pauses = Backoff(SHORTEST_PAUSE, LONGEST_PAUSE)
@@ -227,7 +227,7 @@ async def _to_its_end(call: Callable[..., None], *arguments: object) -> None:
         raise
 
 
-def _until_renewal(token: JwtSvid, now: datetime) -> timedelta:
+def until_renewal(token: JwtSvid, now: datetime) -> timedelta:
     """Until half of its life; of one that is past it, a tenth of what is left."""
     left = token.expires_at - now
     start = token.issued_at or now

@@ -14,12 +14,14 @@ import pytest
 
 from spiffe_core.errors import MalformedError, SpiffeError, UnsupportedError
 from spiffe_core.jwtsvid import JwtSvid
+from tests.support.authorities import NOW
 from tests.support.clock import DrivenClock
 from tests.support.programs import openssl_key_fits
+from tests.support.tokens import MISSING, a_token
 from workload_api.client.client import WorkloadClient
 from workload_api.client.testing import FakeWorkloadApi
 from workload_api.sidecar.config import Bundles, JwtFile, Kind, SidecarSettings, X509Files
-from workload_api.sidecar.delivery import Delivery
+from workload_api.sidecar.delivery import Delivery, until_renewal
 from workload_api.sidecar.files import FilesError, SvidFolder
 
 
@@ -236,3 +238,42 @@ async def test_files_that_expired(
         clock.advance(timedelta(seconds=1))
         assert not made.delivery.is_ready
         assert (tmp_path / "svid.pem").exists()
+
+
+async def test_it_says_what_it_waits_for(
+    fake: FakeWorkloadApi, tmp_path: Path, clock: DrivenClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While nothing comes, the log says once what is missing, and why."""
+    fake.stop()
+    async with delivering(fake, tmp_path, clock) as made:
+
+        def said() -> list[str]:
+            return [str(e.event_fields["why"]) for e in caplog.records if e.msg == "waiting"]
+
+        await made.until(said)
+        (why,) = said()
+        assert why.startswith("waiting for an X509-SVID; failed to connect")
+        assert not made.delivery.is_ready
+
+
+@pytest.mark.parametrize(
+    ("claims", "later", "least", "most"),
+    [
+        ({}, 0, 120, 180),
+        ({}, 60, 60, 120),
+        ({"iat": MISSING}, 0, 120, 180),
+        ({}, 240, 6, 6),
+        ({}, 299, 1, 1),
+        ({}, 400, 1, 1),
+    ],
+    ids=["new", "a-minute-old", "no-iat", "past-half", "nearly-over", "over"],
+)
+def test_when_a_token_is_renewed(
+    claims: dict[str, Any], later: int, least: float, most: float
+) -> None:
+    """At half of its life, a tenth sooner or later; at most once a second."""
+    token = JwtSvid.parse_unverified(a_token(**claims))
+    spans = {until_renewal(token, NOW + timedelta(seconds=later)) for _ in range(50)}
+    assert timedelta(seconds=least) <= min(spans)
+    assert max(spans) <= timedelta(seconds=most)
+    assert len(spans) > 1 or least == most
