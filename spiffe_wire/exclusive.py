@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,5 +42,7 @@ def held(folder: Path, setting: str) -> Iterator[None]:
 
 def without_leftovers(folder: Path) -> Path:
     """Return *folder*, emptied of what processes that were killed have left in it."""
+    import shutil  # here, as it costs who never needs it 2 MB
+
     shutil.rmtree(folder, ignore_errors=True)
     return folder

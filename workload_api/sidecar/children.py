@@ -8,7 +8,6 @@ here and not by asyncio, which waits for its own children alone.
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -113,17 +112,19 @@ def program_of(name: str) -> str:
     Raises:
         ProgramError: with a shell's exit code, 127 or 126.
     """
-    found = shutil.which(name) or (name if "/" in name else shutil.which(name, os.F_OK))
-    try:
-        mode = os.stat(found).st_mode if found else 0
-    except OSError:
-        found = None
-    if found is None:
-        raise ProgramError(f"{name}: no such command", NO_COMMAND)
-    # By its mode, as access(2) knows nothing of capabilities; the kernel has the last word.
-    if not stat.S_ISREG(mode) or not mode & 0o111:
+    places = [""] if "/" in name else os.get_exec_path()
+    code = NO_COMMAND
+    for place in places:
+        path = os.path.join(place, name)
+        with contextlib.suppress(OSError):
+            mode = os.stat(path).st_mode
+            # By its mode, as access(2) knows no capabilities; the kernel has the last word.
+            if stat.S_ISREG(mode) and mode & 0o111:
+                return path
+            code = NO_PROGRAM
+    if code == NO_PROGRAM:
         raise ProgramError(f"{name}: is not a program that can be run", NO_PROGRAM)
-    return found
+    raise ProgramError(f"{name}: no such command", NO_COMMAND)
 
 
 def heard_already(number: int) -> bool:

@@ -26,7 +26,6 @@ folder of mode 0700 that nobody else can enter until all of it is there; no link
 import contextlib
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -237,7 +236,17 @@ class SvidFolder:
             try:
                 os.unlink(name, dir_fd=self._folder)
             except IsADirectoryError:
-                shutil.rmtree(name, ignore_errors=True, dir_fd=self._folder)
+                self._remove_set(name)
+
+    def _remove_set(self, name: str) -> None:
+        # Not by `shutil`, which costs every sidecar 2 MB: a set has no folders in it.
+        place = os.open(name, os.O_RDONLY | os.O_DIRECTORY | _NOFOLLOW, dir_fd=self._folder)
+        try:
+            for one in os.listdir(place):
+                os.unlink(one, dir_fd=place)
+        finally:
+            os.close(place)
+        os.rmdir(name, dir_fd=self._folder)
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

@@ -8,10 +8,9 @@ with it unless one is named.
 import contextlib
 import fcntl
 import os
+import secrets
 import shlex
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,11 +133,12 @@ def private_folder() -> Iterator[Path]:
     """
     place = _place()
     _remove_leftovers(place)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))  # 0700, whatever the umask
+    folder = place / f"{PREFIX}{secrets.token_hex(6)}"
+    folder.mkdir(mode=0o700)  # a umask can only take from that
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
 def _place() -> Path:
@@ -147,7 +147,7 @@ def _place() -> Path:
     for one in filter(None, candidates):
         if os.path.isabs(one) and os.access(one, os.W_OK | os.X_OK) and _in_memory(one):
             return Path(one)
-    return Path(tempfile.gettempdir())
+    return Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108 the same
 
 
 def _in_memory(path: str) -> bool:
@@ -172,6 +172,12 @@ def _remove_leftovers(place: Path) -> None:
                     continue
                 # Whoever lives holds it (`spiffe_wire.exclusive`).
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(one, ignore_errors=True)
+                _remove(one)
             finally:
                 os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    import shutil  # here, as it costs 2 MB, and is needed at the end
+
+    shutil.rmtree(folder, ignore_errors=True)
