@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import signal
 import socket
 import stat
 import sys
@@ -252,6 +253,16 @@ async def test_once(start: Start, fake: FakeWorkloadApi, folder: Path) -> None:
     assert await process.wait() == DONE
     assert {"svid.pem", "svid.key"} < sidecar.names()
     assert not (folder / "told").exists()
+
+
+async def test_once_and_told_to_end(fake: FakeWorkloadApi, folder: Path) -> None:
+    """Told to end before all is there, it does not pass for having done its work."""
+    fake.deny()
+    sidecar = Sidecar(folder, fake)
+    process = Process([*SIDECAR, "-c", str(sidecar.config), "--once"], folder / "log",
+                      fake.environment).start()  # fmt: skip
+    await process.until(lambda: [one for one in process.events() if "stream" in one])
+    assert process.stop() == 128 + signal.SIGTERM
 
 
 async def test_one_writer_a_folder(start: Start) -> None:

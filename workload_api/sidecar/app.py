@@ -57,7 +57,8 @@ async def serve(
     _warn_of_unsafe(settings)
     files = settings.files
     async with contextlib.AsyncExitStack() as stack:
-        signals = stack.enter_context(_signals(PASSED_ON if settings.command else STOPPING))
+        has_program = bool(settings.command) and not once
+        signals = stack.enter_context(_signals(PASSED_ON if has_program else STOPPING))
         children = stack.enter_context(Children())
         folder = stack.enter_context(
             SvidFolder(
@@ -66,7 +67,7 @@ async def serve(
         )
         client = await stack.enter_async_context(WorkloadClient(address))
         program = None
-        if settings.command and not once:
+        if has_program:
             program = Program(children, settings.command, environment)
             stack.push_async_callback(program.close)
         sidecar = Sidecar(settings, client, folder, children, program, environment)
@@ -100,7 +101,7 @@ class Sidecar:
     async def run(self, signals: "asyncio.Queue[int]", *, once: bool) -> int:
         """Run until a signal, the end of the command or, with *once*, until all is written."""
         delivering = asyncio.create_task(self.delivery.run(once=once))
-        stopping = asyncio.create_task(self._obey(signals))
+        stopping = asyncio.create_task(self._obey(signals, once=once))
         waited: set[asyncio.Future[Any]] = {delivering, stopping}
         if self._program is not None:
             waited.add(self._program.ended)
@@ -126,12 +127,13 @@ class Sidecar:
             return
         await self.actions.after(changed)
 
-    async def _obey(self, signals: "asyncio.Queue[int]") -> int:
+    async def _obey(self, signals: "asyncio.Queue[int]", *, once: bool) -> int:
         """Pass signals on to the command; without one, return the exit code at the first."""
         while True:
             number = await signals.get()
             if self._program is None:
-                return 0
+                # An init container that is told to end has not done its work.
+                return 128 + number if once else 0
             if not self._started:
                 if number in (*STOPPING, signal.SIGHUP, signal.SIGQUIT):
                     return 128 + number

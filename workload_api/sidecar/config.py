@@ -241,7 +241,10 @@ class SidecarSettings:
     command: tuple[str, ...] = setting(
         "Program to start once the files are there, with its arguments; we end with it", ()
     )
-    on_change: tuple[Action, ...] = sections("What to do when files have changed")
+    on_change: tuple[Action, ...] = sections(
+        "What to do when files have changed, in order; where there is a command of ours, the "
+        "first set starts it and nothing else is done"
+    )
     settle: timedelta = setting(
         "For how long the files stay as they are after a change, so that a program which is "
         "told of it reads files that match",
