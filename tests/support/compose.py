@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +25,13 @@ from tests.support.stack import ROOT
 BASE, ENVOY = "local/python:1", "local/envoy:1"
 PAGE = "http://127.0.0.1:8080/"
 """The one port that is open, in the engine's network."""
+_NEEDED = ("docker", "dockerd", "containerd", "runc", "setpriv", "unshare", "nsenter",
+           "iptables", "docker-compose", "curl")  # fmt: skip
 
 
 def why_no_project() -> str | None:
     """Why it cannot be brought up here; None when it can."""
-    if reason := why_not() or why_no_base():
-        return reason
-    missing = [one for one in ("docker-compose", "iptables", "curl") if not shutil.which(one)]
-    if missing:
-        return f"needs {', '.join(missing)} (`make test-docker` installs it by apt as root)"
-    return None
+    return why_not(*_NEEDED) or why_no_base()
 
 
 class BridgedEngine(Engine):
@@ -78,6 +76,12 @@ class Project:
         """Run docker, and return what it printed."""
         return self.engine.run(self.engine.program, *words)
 
+    def logs(self, service: str, text: str) -> None:
+        """Wait until *service* has said something; Envoy says it once a second."""
+        end = time.monotonic() + 30
+        while text not in self.compose("logs", service):
+            assert time.monotonic() < end, f"{service} never says {text}"
+
     def python(self, service: str, program: str) -> str:
         """Run a Python program beside a service, and return what it printed."""
         return self.compose("exec", "-T", service, "python3", "-c", program)
@@ -121,7 +125,7 @@ def a_project() -> Iterator[Project]:
         engine.load(BASE, base_image(), f"ENV PIP_INDEX_URL=file://{INDEX}")
         engine.load(ENVOY, one_program(PROGRAM, Path("/usr/local/bin/envoy")))
         project = Project(engine)
-        project.compose("build")
+        project.compose("build", "server", "agent", "api")  # the others' are the same
         try:
             yield project
         finally:

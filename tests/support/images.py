@@ -24,6 +24,7 @@ WHEELS = ROOT / ".cache" / "wheels"
 _PROGRAMS = ("sh", "rm", "mkdir", "chown")
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "idlelib", "tkinter", "turtledemo",
              "lib2to3"}  # fmt: skip
+_DEBIANS_PIP = Path("/usr/share/python-wheels")
 _LIBRARY = re.compile(r"(?:=> )?(/\S+) \(0x")
 
 
@@ -32,7 +33,7 @@ class Layer:
 
     def __init__(self) -> None:
         self._data = io.BytesIO()
-        self._tar = tarfile.open(fileobj=self._data, mode="w", dereference=True)
+        self._tar = tarfile.open(fileobj=self._data, mode="w")  # noqa: SIM115 see tar()
         self._there: set[str] = set()
 
     def folder(self, path: Path, mode: int = 0o755) -> None:
@@ -93,15 +94,12 @@ def why_no_base() -> str | None:
     return None
 
 
-_DEBIANS_PIP = Path("/usr/share/python-wheels")
-
-
 def _standard_library() -> Path:
     return Path(os.__file__).parent
 
 
 def base_image() -> bytes:
-    """What the base of the Dockerfiles needs to have: see above."""
+    """What the base of the Dockerfiles needs to have; with ENV PIP_INDEX_URL=file:///wheels."""
     layer = Layer()
     layer.folder(Path("/tmp"), 0o1777)
     python = Path(sys.executable).resolve()
@@ -142,22 +140,28 @@ def _of_packages(files: Iterable[Path]) -> list[Path]:
 
 def _index(layer: Layer) -> None:
     """The pinned packages, as pip finds them by ``PIP_INDEX_URL=file:///wheels``."""
-    WHEELS.mkdir(parents=True, exist_ok=True)
     pinned = ROOT / "requirements" / "run.txt"
-    subprocess.run(
-        (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-         "--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", pinned,
-         "--dest", WHEELS),
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )  # fmt: skip
+    WHEELS.mkdir(parents=True, exist_ok=True)
+    if not _download(pinned, "--no-index", "--find-links", str(WHEELS)):
+        assert _download(pinned), "pip cannot download what requirements/run.txt names"
     for name, version in re.findall(r"^([\w.-]+)==([\w.]+) ", pinned.read_text(), re.M):
         name = re.sub(r"[-_.]+", "-", name).lower()
         (wheel,) = WHEELS.glob(f"{name.replace('-', '_')}-{version}-*.whl")
         layer.copy(wheel, INDEX / name / wheel.name)
         page = f'<a href="{wheel.name}">{wheel.name}</a>'
         layer.write(INDEX / name / "index.html", page.encode())
+
+
+def _download(pinned: Path, *options: str) -> bool:
+    """Have every wheel of *pinned* in WHEELS, with the hash that is named there."""
+    done = subprocess.run(
+        (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+         "--no-deps", "--require-hashes", "--only-binary", ":all:", "--dest", WHEELS,
+         "--requirement", pinned, *options),
+        capture_output=True,
+        timeout=120,
+    )  # fmt: skip
+    return done.returncode == 0
 
 
 def one_program(source: Path, path: Path) -> bytes:

@@ -51,7 +51,7 @@ def ask_for_ever() -> None:
     """Print one line for each answer."""
     while True:
         code, text = ask()
-        print(f"api answered {code}: {text}")
+        print(f"api answered {code}: {text}")  # noqa: T201 a container's log
         time.sleep(PAUSE)
 
 
