@@ -83,8 +83,17 @@ class SvidFolder:
         self._owner = owner or Owner()
         self._mode = mode
         self._held = contextlib.ExitStack()
+        self._folder = -1
 
     def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._held:
+            self.tidy()
+
+    def _open(self) -> None:
         fresh = not self.path.exists()
         self._held.enter_context(held(self.path, self._setting))
         try:
@@ -97,11 +106,6 @@ class SvidFolder:
         except BaseException:
             self._held.close()
             raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._held:
-            self.tidy()
 
     def write(
         self, files: Mapping[str, File], keep: Callable[[str], bool] = lambda _: False
@@ -114,10 +118,16 @@ class SvidFolder:
 
         Raises:
             FilesError: nothing was changed, save for names that are new.
+            PreconditionError: the folder was removed, and cannot be made again.
         """
         for name in files:
             _check(name)
         with self._reported():
+            if self._folder < 0 or not os.fstat(self._folder).st_nlink:
+                # Somebody has removed it, as is done to a user's files at the last logout.
+                self._folder = -1
+                self._held.close()
+                self._open()
             self.tidy()
             before = self._current()
             kept = [one for one in self._names(before) if one not in files and keep(one)]

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -168,6 +169,30 @@ def test_files_of_another_kind_stay(tmp_path: Path) -> None:
         folder.write(a_set("one"))
         folder.write({})
     assert set(seen(tmp_path / "svids")) == {"dir", "link", "note"}
+
+
+def test_a_folder_that_was_removed(folder: SvidFolder) -> None:
+    """It is made again at the next change, and is held as before."""
+    folder.write(a_set("one"))
+    shutil.rmtree(folder.path)
+    folder.write(a_set("two"))
+    assert set(seen(folder.path).values()) == {"two"}
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    with pytest.raises(PreconditionError, match="in use by another process"):
+        with SvidFolder(folder.path, "dir"):
+            pass
+
+
+def test_a_folder_whose_place_is_taken(folder: SvidFolder) -> None:
+    """Where it cannot be made again that is said each time, until it can."""
+    shutil.rmtree(folder.path)
+    folder.path.write_text("a file")
+    for _ in range(2):
+        with pytest.raises(PreconditionError, match="cannot be opened"):
+            folder.write(a_set("one"))
+    folder.path.unlink()
+    folder.write(a_set("two"))
+    assert set(seen(folder.path).values()) == {"two"}
 
 
 def test_two_writers(folder: SvidFolder) -> None:
