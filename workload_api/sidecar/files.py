@@ -104,6 +104,7 @@ class SvidFolder:
                     self._hand_over(self._folder, self._mode)
             self.tidy()
         except BaseException:
+            self._folder = -1
             self._held.close()
             raise
 
