@@ -31,6 +31,7 @@ from workload_api.client.material import X509Material
 from workload_api.client.peer_check import SWEEP_INTERVAL, Now, sweeping
 from workload_api.client.ssl_context import (
     PeerRefusedError,
+    SpiffeContext,
     client_context,
     proof_of,
     recheck,
@@ -189,7 +190,7 @@ def connector(
     """Return what `session` is made with; *options* are `aiohttp.TCPConnector`'s."""
     context = client_context(material, authorize=authorize, now=now)
     context.set_alpn_protocols(["http/1.1"])
-    return _Connector(ssl=context, **options)
+    return _Connector(context, **options)
 
 
 def bearer(source: JwtFetcher, *, audience: str, origin: str) -> Any:
@@ -219,6 +220,10 @@ def bearer(source: JwtFetcher, *, audience: str, origin: str) -> Any:
 class _Connector(aiohttp.TCPConnector):
     """Gives out connections whose peer is good at that moment, and no others."""
 
+    def __init__(self, context: SpiffeContext, **options: Any) -> None:
+        super().__init__(ssl=context, **options)
+        self._context = context
+
     async def connect(
         self, req: Any, traces: Sequence[Any], timeout: Any
     ) -> aiohttp.connector.Connection:
@@ -242,6 +247,11 @@ class _Connector(aiohttp.TCPConnector):
             if proof.since >= asked or _is_good(connection.transport):
                 return connection
             connection.close()
+
+    async def _create_connection(self, *arguments: Any) -> Any:
+        # aiohttp over uvloop loses the socket of a handshake that fails before it begins.
+        self._context.require_ready()
+        return await super()._create_connection(*arguments)
 
 
 def _is_good(transport: Any) -> bool:

@@ -174,6 +174,15 @@ class SpiffeContext(ssl.SSLContext):
         self._floor = int(self.options), int(self.verify_flags)
         self._hardened = True
 
+    def require_ready(self) -> None:
+        """
+        Do nothing if a connection can be begun now.
+
+        Raises:
+            NotNowError: there is no SVID, or no authority.
+        """
+        self._inner()
+
     def wrap_bio(
         self,
         incoming: ssl.MemoryBIO,
