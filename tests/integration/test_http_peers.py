@@ -371,7 +371,7 @@ class Source:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    async def fetch(self, audience: str) -> JwtSvid:
+    async def fetch(self, audience: str, *, spiffe_id: SpiffeId | None = None) -> JwtSvid:
         """A JWT-SVID for *audience*."""
         self.asked.append(audience)
         if audience == "nobody":

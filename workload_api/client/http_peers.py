@@ -25,6 +25,7 @@ except ImportError as error:  # pragma: no cover - proved in a process of its ow
 from spiffe_core.errors import UnauthenticatedError
 from spiffe_core.jwtsvid import JwtSvid
 from spiffe_core.matching import Matcher
+from spiffe_core.spiffeid import SpiffeId
 from spiffe_core.x509svid import X509Svid
 from workload_api.client.jwt_auth import JwtRefusedError, JwtVerifier, NoJwtSvidError, header_of
 from workload_api.client.material import X509Material
@@ -50,7 +51,7 @@ Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class JwtFetcher(Protocol):
     """`JwtSource`, or a stand-in."""
 
-    async def fetch(self, audience: str) -> JwtSvid:
+    async def fetch(self, audience: str, *, spiffe_id: SpiffeId | None = None) -> JwtSvid:
         """Return a JWT-SVID for *audience* that has not expired."""
         ...
 
@@ -193,7 +194,9 @@ def connector(
     return _Connector(context, **options)
 
 
-def bearer(source: JwtFetcher, *, audience: str, origin: str) -> Any:
+def bearer(
+    source: JwtFetcher, *, audience: str, origin: str, spiffe_id: SpiffeId | None = None
+) -> Any:
     """
     Return a client middleware that sends a JWT-SVID for *audience* with each request.
 
@@ -211,7 +214,8 @@ def bearer(source: JwtFetcher, *, audience: str, origin: str) -> Any:
         request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
     ) -> aiohttp.ClientResponse:
         if request.url.origin() == target:
-            request.headers.update(header_of(await source.fetch(audience)))
+            svid = await source.fetch(audience, spiffe_id=spiffe_id)
+            request.headers.update(header_of(svid))
         return await handler(request)
 
     return attach
