@@ -21,7 +21,7 @@ from workload_api.agent.config import AgentSettings
 from workload_api.attestors.unix import UnixAttestor
 
 REFERENCE = ROOT / "docs" / "reference"
-PAGES = ("config.md", "cli.md", "metrics.md")
+PAGES = ("config.md", "cli.md", "metrics.md", "client.md")
 
 
 def generate(
