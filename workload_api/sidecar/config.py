@@ -1,7 +1,5 @@
 """The sidecar's settings; ``issuer-agent sidecar --example`` prints them."""
 
-# ruff: noqa: RUF009  `setting` makes a field, as dataclasses.field does
-
 import enum
 import grp
 import ipaddress
