@@ -97,6 +97,7 @@ class Dialer:
         self._closing = False
         self._backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._not_before = 0.0
+        self._hurried = asyncio.Event()
         self.problem = ""
         """Why the last connection failed; empty after one that did not."""
 
@@ -142,6 +143,13 @@ class Dialer:
         for leg in list(self._legs):
             leg.close()
 
+    def hurry(self) -> None:
+        """Dial now whatever waits for its turn: what failed before may succeed."""
+        self._backoff.reset()
+        self._not_before = 0.0
+        self._hurried.set()
+        self._hurried = asyncio.Event()
+
     def cut_where(self, unwanted: Callable[[Any], bool]) -> None:
         """End the connections to the server whose TLS object is *unwanted*."""
         for near in list(self._legs):
@@ -162,10 +170,12 @@ class Dialer:
 
     async def _dial(self, near: Leg) -> None:
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(self._not_before - loop.time())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._not_before):
+                await self._hurried.wait()
         if near.closed.done():
             return  # grpcio gave up on it meanwhile
-        far = Leg()
+        far = _Far(self._dismissed)
         host, port = self._address
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
@@ -191,7 +201,34 @@ class Dialer:
             return
         self.problem = ""
         self._backoff.reset()
+        far.joined = True
         join(near, far)
+
+    def _dismissed(self) -> None:
+        host, port = self._address
+        self.problem = f"{host}:{port}: it left without a word: it may not accept our SVID"
+
+
+class _Far(Leg):
+    """The leg to the server; *dismissed* is told when that ends it before it says anything."""
+
+    def __init__(self, dismissed: Callable[[], None]) -> None:
+        super().__init__()
+        self.joined = False
+        self._heard = False
+        self._dismissed = dismissed
+
+    def data_received(self, data: bytes) -> None:
+        """Note that it speaks, and pass on."""
+        self._heard = True
+        super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """In TLS 1.3 a server learns who we are after our handshake is done."""
+        we_left = self.other is None or not self.other.is_open
+        if self.joined and not self._heard and not we_left:
+            self._dismissed()
+        super().connection_lost(exc)
 
 
 def _sni(host: str) -> str:

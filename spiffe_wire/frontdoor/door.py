@@ -471,7 +471,7 @@ def _options(
         ("grpc.server.max_pending_requests", 20_000),
         ("grpc.server.max_pending_requests_hard_limit", 40_000),
         ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", 4 * 1024 * 1024),
+        ("grpc.max_send_message_length", max(4 * 1024 * 1024, max_message_bytes)),
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.absolute_max_metadata_size", 16 * 1024),
         ("grpc.so_reuseport", 0),

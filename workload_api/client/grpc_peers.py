@@ -66,6 +66,7 @@ async def serving(
     port: int = 0,
     interceptors: Sequence[Any] = (),
     limits: DoorLimits | None = None,
+    max_message_bytes: int = 4 * 1024 * 1024,
     max_age: timedelta = MAX_AGE,
     grace: timedelta = GRACE,
     sweep_every: timedelta = SWEEP_INTERVAL,
@@ -91,7 +92,12 @@ async def serving(
     checks = [ErrorInterceptor(), _Callers(verifier, methods or {}), *interceptors]
     with _private_folder(runtime_dir) as folder:
         async with FrontDoor(
-            register, runtime_dir=folder, interceptors=checks, limits=limits, max_age=max_age
+            register,
+            runtime_dir=folder,
+            interceptors=checks,
+            limits=limits,
+            max_message_bytes=max_message_bytes,
+            max_age=max_age,
         ) as door:
 
             def sweep() -> None:
@@ -160,8 +166,12 @@ async def channel(
             options={"grpc.service_config": "{}", **(options or {})},
             interceptors=_explaining,
         ) as dialer:
-            async with sweeping(material, lambda: dialer.cut_where(_is_over), sweep_every):
-                yield dialer.channel
+            forget = material.on_change(dialer.hurry)
+            try:
+                async with sweeping(material, lambda: dialer.cut_where(_is_over), sweep_every):
+                    yield dialer.channel
+            finally:
+                forget()
 
 
 def jwt_svids(verifier: JwtVerifier) -> grpc.aio.ServerInterceptor:

@@ -424,6 +424,12 @@ class _SpiffeSocket(ssl.SSLSocket):
             self.do_handshake()
         return super().send(data, flags)
 
+    def sendfile(self, *arguments: Any, **options: Any) -> int:
+        """Send, to a peer that is proved."""
+        if self.proof is None:
+            self.do_handshake()
+        return super().sendfile(*arguments, **options)
+
 
 class _NeverObject(ssl.SSLObject):
     """A connection that never comes about."""

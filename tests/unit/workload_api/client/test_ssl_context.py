@@ -10,6 +10,7 @@ import contextlib
 import gc
 import http.client
 import http.server
+import io
 import os
 import socket
 import socketserver
@@ -27,7 +28,7 @@ from spiffe_core.errors import UnauthenticatedError
 from spiffe_core.matching import any_id, exactly, member_of
 from spiffe_core.spiffeid import SpiffeId
 from spiffe_core.x509svid import X509SvidError
-from tests.support.ca import FakeCa
+from tests.support.ca import FakeCa, name
 from tests.support.clock import DrivenClock
 from tests.support.door import current_ca, on_both_loops
 from tests.support.peers import (
@@ -188,7 +189,7 @@ def test_sec_17_reading_first_does_not_skip_the_check(method: str) -> None:
         getattr(ours, method)(*arguments)  # and once refused it stays so
 
 
-@pytest.mark.parametrize("first", ["recv", "send", "sendall", "makefile"])
+@pytest.mark.parametrize("first", ["recv", "send", "sendall", "sendfile", "makefile"])
 def test_sec_17_a_socket_without_handshake_is_checked_too(first: str) -> None:
     """SEC-17: a socket that has not shaken hands does at its first use, and is proved."""
     world = World()
@@ -200,6 +201,7 @@ def test_sec_17_a_socket_without_handshake_is_checked_too(first: str) -> None:
                     "recv": lambda: tls.recv(1),
                     "send": lambda: tls.send(SECRET),
                     "sendall": lambda: tls.sendall(SECRET),
+                    "sendfile": lambda: tls.sendfile(io.BytesIO(SECRET)),
                     "makefile": lambda: tls.makefile("rb", buffering=0).read(1),
                 }
                 with pytest.raises(PeerRefusedError):
@@ -273,29 +275,29 @@ HARMLESS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_CALLS)
-def test_what_decides_the_peer_cannot_be_loaded(name: str) -> None:
+@pytest.mark.parametrize("call", REFUSED_CALLS)
+def test_what_decides_the_peer_cannot_be_loaded(call: str) -> None:
     """A call that would bring other keys, roots or callbacks is refused, with what to do."""
     for context in pair():
-        with pytest.raises(ContextError, match=rf"{name}.*authorize="):
-            getattr(context, name)(*REFUSED_CALLS[name])
+        with pytest.raises(ContextError, match=rf"{call}.*authorize="):
+            getattr(context, call)(*REFUSED_CALLS[call])
 
 
-@pytest.mark.parametrize("name", REFUSED_SETTINGS)
-def test_sec_17_what_would_weaken_it_cannot_be_set(name: str) -> None:
+@pytest.mark.parametrize("setting", REFUSED_SETTINGS)
+def test_sec_17_what_would_weaken_it_cannot_be_set(setting: str) -> None:
     """SEC-17: a setting that would weaken the context is refused, and changes nothing."""
     context = pair()[1]
-    before = getattr(context, name)
-    with pytest.raises(ContextError, match=name):
-        setattr(context, name, REFUSED_SETTINGS[name])
-    assert getattr(context, name) == before
+    before = getattr(context, setting)
+    with pytest.raises(ContextError, match=setting):
+        setattr(context, setting, REFUSED_SETTINGS[setting])
+    assert getattr(context, setting) == before
 
 
-@pytest.mark.parametrize("name", HARMLESS)
-def test_what_does_not_weaken_it_can_be_set(name: str) -> None:
+@pytest.mark.parametrize("setting", HARMLESS)
+def test_what_does_not_weaken_it_can_be_set(setting: str) -> None:
     """What libraries set on every context without asking, and weakens nothing, is let."""
     client, server = pair()
-    setattr(server, name, HARMLESS[name])
+    setattr(server, setting, HARMLESS[setting])
     assert peer_of(shake(client, server)[1]).spiffe_id == ALICE
 
 
@@ -414,6 +416,23 @@ def test_sec_17_what_was_verified_hangs_on_its_bundle() -> None:
     bob.give(bob.svid, next_ca.bundles)
     with pytest.raises(X509SvidError, match="no valid path"):
         checking.verify(chain)
+
+
+@pytest.mark.parametrize("who", [ALICE, CAROL], ids=str)
+def test_sec_11_authorities_of_one_name(who: SpiffeId) -> None:
+    """SEC-11: CAs of several domains that bear the same name, as SPIRE's do, are told apart."""
+    world = World(_renamed(current_ca()), _renamed(current_ca("partner.test")))
+    contexts = (
+        client_context(world.material(who), authorize=exactly(BOB)),
+        SpiffeContext(world.material(BOB), server_side=True, authorize=exactly(who)),
+    )
+    assert [peer_of(end).spiffe_id for end in shake(*contexts)] == [BOB, who]
+
+
+def _renamed(ca: FakeCa) -> FakeCa:
+    made = ca.changed(ca.cert.but(subject=name("SPIRE"), issuer=name("SPIRE")))
+    made.name = name("SPIRE")
+    return made
 
 
 # With what people use.
