@@ -298,6 +298,32 @@ async def test_sec_17_the_renewed_is_dialled() -> None:
         assert both.dialled == 2
 
 
+@on_both_loops
+async def test_a_caller_that_leaves_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """A connection that the caller drops while a request is served leaves no error behind."""
+    async with two() as both:
+        made = web.Application()
+        inside, gone, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def slow(_: web.Request) -> web.Response:
+            inside.set()
+            await gone.wait()
+            over.set()
+            return web.Response()
+
+        made.router.add_get("/", slow)
+        async with http_peers.serving(made, both.bob, authorize=exactly(ALICE)) as port:
+            async with http_peers.session(both.alice, authorize=exactly(BOB)) as session:
+                asking = asyncio.ensure_future(session.get(f"https://127.0.0.1:{port}/"))
+                await inside.wait()
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+            await asyncio.sleep(0.05)  # for the connection to be lost, which nobody tells
+            gone.set()
+            await asyncio.wait_for(over.wait(), 10)
+        assert [one.getMessage() for one in caplog.records if one.levelname == "ERROR"] == []
+
+
 # A session speaks to SPIFFE peers, and to nobody else.
 
 

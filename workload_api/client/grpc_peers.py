@@ -104,10 +104,13 @@ async def serving(
                 door.disconnect(lambda peer: not _is_good(verifier, peer))
 
             async with sweeping(material, sweep, sweep_every):
-                yield await door.listen_tls(
+                bound = await door.listen_tls(
                     host, port, context=lambda: context, identify=verifier.verify
                 )
-                await door.close(grace)
+                try:
+                    yield bound
+                finally:
+                    await door.close(grace)
 
 
 def caller_of(context: Any) -> SpiffeId:

@@ -111,6 +111,7 @@ def peers(*, authorize: Matcher | None = None, max_age: timedelta = MAX_AGE) -> 
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             peer = recheck(request.transport)
+            since = proof_of(request.transport).since
         except Exception:  # noqa: BLE001 whatever it was: nobody we serve
             refusal = _refusal(403)
             refusal.force_close()
@@ -121,7 +122,7 @@ def peers(*, authorize: Matcher | None = None, max_age: timedelta = MAX_AGE) -> 
         response = await handler(request)
         # So that not all of those who came together come again together.
         oldest = max_age.total_seconds() * random.uniform(0.9, 1.1)  # noqa: S311
-        if time.monotonic() - proof_of(request.transport).since > oldest:
+        if time.monotonic() - since > oldest:
             response.force_close()
         return response
 
