@@ -34,15 +34,13 @@ from spiffe_wire.pb.spiffe_issuer.v1 import (
     explain_pb2,
     explain_pb2_grpc,
 )
+from spiffe_wire.running import NO_COMMAND, NO_PROGRAM, heard_already
 
 __all__ = ["DevDomain", "domain", "folders", "run"]
 
 COMMAND_PATH: Final = "/dev/command"
-NO_PROGRAM, NO_COMMAND = 126, 127
-"""What a shell says of a file that it cannot run, and of one that is not there."""
 STOPPING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PASSED_ON: Final = (*STOPPING, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-FROM_KEYS: Final = (signal.SIGINT, signal.SIGQUIT)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -180,22 +178,9 @@ async def _pass_on(signals: "asyncio.Queue[int]", process: asyncio.subprocess.Pr
     while True:
         number = await signals.get()
         # Of a key at the terminal the command has heard itself: it is in the foreground too.
-        if number not in FROM_KEYS or not _in_foreground():
+        if not heard_already(number):
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
-
-
-def _in_foreground() -> bool:
-    try:
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
-    except OSError:
-        return False
-    finally:
-        os.close(terminal)
 
 
 async def _register(dev: DevDomain, executable: Executable | None) -> None:

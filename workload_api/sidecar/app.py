@@ -15,10 +15,11 @@ from typing import Any, Final
 from spiffe_core.errors import PreconditionError
 from spiffe_wire.endpoint import ENVIRONMENT_VARIABLE
 from spiffe_wire.logs import event
+from spiffe_wire.running import heard_already
 from workload_api.client.client import WorkloadClient
 from workload_api.client.watching import SystemClock
 from workload_api.sidecar.actions import Actions
-from workload_api.sidecar.children import Children, heard_already
+from workload_api.sidecar.children import Children
 from workload_api.sidecar.config import Kind, SidecarSettings
 from workload_api.sidecar.delivery import Delivery
 from workload_api.sidecar.files import SvidFolder

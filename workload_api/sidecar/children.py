@@ -12,14 +12,10 @@ import signal
 import stat
 import subprocess
 from collections.abc import Mapping, Sequence
-from typing import Final, Self
+from typing import Self
 
 from spiffe_core.errors import PreconditionError
-
-NO_PROGRAM, NO_COMMAND = 126, 127
-"""What a shell says of a file that it cannot run, and of one that is not there."""
-FROM_KEYS: Final = (signal.SIGINT, signal.SIGQUIT)
-"""Signals that a terminal sends to everybody in the foreground."""
+from spiffe_wire.running import NO_COMMAND, NO_PROGRAM
 
 
 class ProgramError(PreconditionError):
@@ -125,19 +121,3 @@ def program_of(name: str) -> str:
     if code == NO_PROGRAM:
         raise ProgramError(f"{name}: is not a program that can be run", NO_PROGRAM)
     raise ProgramError(f"{name}: no such command", NO_COMMAND)
-
-
-def heard_already(number: int) -> bool:
-    """True for a key at the terminal when our children, in the foreground too, heard it."""
-    if number not in FROM_KEYS:
-        return False
-    try:
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
-    except OSError:
-        return False
-    finally:
-        os.close(terminal)

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from spiffe_wire.running import NO_COMMAND, NO_PROGRAM
 from tests.support.children import a_python
 from tests.support.clock import DrivenClock
 from workload_api.sidecar.actions import Actions
-from workload_api.sidecar.children import NO_COMMAND, NO_PROGRAM, Children, ProgramError
+from workload_api.sidecar.children import Children, ProgramError
 from workload_api.sidecar.config import Action, Kind
 from workload_api.sidecar.program import Program
 
