@@ -15,6 +15,7 @@ from collections.abc import (
     Callable,
     Coroutine,
     Generator,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -23,7 +24,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import grpc
 
@@ -84,15 +85,22 @@ async def serving(
 
     Raises:
         InternalError: the address cannot be listened on.
-        PreconditionError: a name in *methods* is none.
+        PreconditionError: *methods* names what no servicer has.
     """
     verifier = PeerVerifier(material, authorize, now)
     context = server_context(material, authorize=authorize, now=now)
     context.set_alpn_protocols(ALPN)
-    checks = [ErrorInterceptor(), _Callers(verifier, methods or {}), *interceptors]
+    wanted = methods or {}
+    checks = [ErrorInterceptor(), _Callers(verifier, wanted), *interceptors]
+
+    def register_all(server: Any) -> None:
+        registrar = _Registrar(server)
+        register(registrar)
+        registrar.check(wanted)
+
     with _private_folder(runtime_dir) as folder:
         async with FrontDoor(
-            register,
+            register_all,
             runtime_dir=folder,
             interceptors=checks,
             limits=limits,
@@ -204,11 +212,6 @@ class _Callers(grpc.aio.ServerInterceptor):
     """Verifies the caller at each call, and asks more for some methods."""
 
     def __init__(self, verifier: PeerVerifier, methods: Mapping[str, Matcher]) -> None:
-        for name in methods:
-            if not name.startswith("/") or not 1 <= name.count("/") <= 2 or name.endswith("/"):
-                raise PreconditionError(
-                    f'methods: "{name}" must read /package.Service or /package.Service/Method'
-                )
         self._verifier = verifier
         self._methods = methods
 
@@ -235,6 +238,42 @@ class _Callers(grpc.aio.ServerInterceptor):
             raise UnauthenticatedError("the caller's X509-SVID is refused") from error
         except Exception as error:
             raise ForbiddenError("the caller is not welcome") from error
+
+
+class _Registrar:
+    """A server that servicers are added to, and who they are."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self._handlers: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._server, name)
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+        """As the server's own."""
+        self._handlers.extend(handlers)
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse a name that nobody has: it would protect nothing, and look as if it did."""
+        for name in names:
+            if not any(_has(handler, name) for handler in self._handlers):
+                raise PreconditionError(
+                    f'methods: no servicer has "{name}"; write /package.Service/Method, or '
+                    "/package.Service"
+                )
+
+
+class _Asked(NamedTuple):
+    method: str
+    invocation_metadata: tuple[tuple[str, str], ...] = ()
+
+
+def _has(handler: Any, name: str) -> bool:
+    if isinstance(handler, grpc.ServiceRpcHandler) and f"/{handler.service_name()}" == name:
+        return True
+    return handler.service(_Asked(name)) is not None
 
 
 class _JwtSvids(grpc.aio.ServerInterceptor):
