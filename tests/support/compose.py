@@ -92,10 +92,16 @@ class Project:
             self.compose("exec", "-T", "server", "issuer", *words, "--output", "json")
         )
 
+    def served(self) -> None:
+        """Wait until there is a good answer at the one open port."""
+        self._asked("--retry", "30", "--retry-delay", "1", "--retry-all-errors")
+
     def asked(self) -> str:
-        """What somebody on this machine gets at the one open port, once it is served."""
-        patient = ("--fail", "--retry", "30", "--retry-delay", "1", "--retry-all-errors")
-        return self.engine.run(*self.become, "curl", "-sS", *patient, PAGE)
+        """What somebody on this machine gets at the one open port."""
+        return self._asked()
+
+    def _asked(self, *how: str) -> str:
+        return self.engine.run(*self.become, "curl", "-sS", "--fail", *how, PAGE)
 
     def containers(self) -> dict[str, Any]:
         """All that the engine knows of the containers that run, by service."""
@@ -113,9 +119,14 @@ def a_project() -> Iterator[Project]:
         plain = Path(folder, "docker-compose")
         plain.write_text(f'#!/bin/sh\nexec {compose} --ansi never "$@" < /dev/null\n')
         plain.chmod(0o755)
+        quick = Path(folder, "quick.yml")
+        often = {"healthcheck": {"interval": "1s"}}
+        names = ("server", "agent", "api", "web", "batch")
+        quick.write_text(json.dumps({"services": dict.fromkeys(names, often)}))
         engine.environment |= {
             "PATH": f"{folder}:{engine.environment['PATH']}",
-            "COMPOSE_FILE": str(ROOT / "docker-compose.yml"),
+            # As it is, but for how long one waits for the first look at a service.
+            "COMPOSE_FILE": f"{ROOT / 'docker-compose.yml'}:{quick}",
             "COMPOSE_PROJECT_NAME": "compose",
             "BASE_IMAGE": BASE,
             "ENVOY_IMAGE": ENVOY,
