@@ -135,3 +135,10 @@ AGENT: Final = {
     for points in (AGENT_JOIN, AGENT_RENEW, AGENT_CHANGE)
     for point in points
 }
+SVID_FILES: Final = tuple(
+    f"svid_files.{step}"
+    for step in (
+        "begun", "opened", "written", "filled", "synced", "linked", "swapped", "named",
+    )
+)  # fmt: skip
+"""Of a sidecar; `tests/unit/workload_api/sidecar/test_files.py` is killed at each."""

@@ -17,13 +17,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
 from spiffe_core.errors import InternalError, UnauthenticatedError
-from spiffe_wire.frontdoor import kernel
+from spiffe_wire.frontdoor import kernel, selfcheck
 from spiffe_wire.frontdoor.door import DoorLimits, FrontDoor
 from spiffe_wire.frontdoor.kernel import PeerPolicy, prove, start_time
 from spiffe_wire.frontdoor.peer import REGISTRY, PeerGoneError, PeerProof, UnixPeer, peer_of
@@ -355,16 +354,21 @@ async def test_names_cannot_be_squatted() -> None:
 
 
 @on_uvloop
-async def test_grpcio_that_hides_the_name_is_refused(tmp_short: Path) -> None:
+async def test_grpcio_that_hides_the_name_is_refused(
+    tmp_short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ADR 1: a server that cannot tell connections apart does not start, and leaves nothing."""
 
-    def deaf(server: Any) -> None:
-        server.add_generic_rpc_handlers = lambda _: None
+    class Nameless:
+        def peer(self) -> str:
+            return "unix:"
 
+    # As plain grpcio says it of a connection whose client has bound no name.
+    monkeypatch.setattr(selfcheck, "peer_of", lambda _: peer_of(Nameless()))
     left = []
     for _ in range(2):  # grpcio keeps some descriptors from its first use on
         with pytest.raises(InternalError, match="install the pinned one"):
-            async with FrontDoor(deaf, runtime_dir=tmp_short / "i"):
+            async with FrontDoor(lambda _: None, runtime_dir=tmp_short / "i"):
                 pass
         assert list((tmp_short / "i").iterdir()) == []
         await settled_traces()

@@ -13,12 +13,11 @@ import pytest
 
 from spiffe_core import crashpoints
 from spiffe_core.errors import PreconditionError
+from tests.faults.points import SVID_FILES
 from tests.support.stack import ROOT
 from workload_api.sidecar.files import DATA, File, FilesError, Owner, SvidFolder
 
-POINTS = (
-    "begun", "opened", "opened:2", "written", "filled", "synced", "linked", "swapped", "named",
-)  # fmt: skip
+POINTS = (*(one.removeprefix("svid_files.") for one in SVID_FILES), "opened:2")
 ROUNDS = 200
 
 
