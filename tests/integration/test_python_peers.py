@@ -6,6 +6,7 @@ real socket; sources, contexts and connections are the real ones.
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -28,6 +29,26 @@ ALICE = SpiffeId.parse("spiffe://example.org/alice")
 BOB = SpiffeId.parse("spiffe://example.org/bob")
 SHORT = timedelta(seconds=0.1)
 """The age of connections, so that many are made in a test."""
+# A request that is on its way while a server ends the connection is lost in any gRPC, now and
+# then: which calls may be repeated is for their owner to say.
+RETRIES = {
+    "grpc.service_config": json.dumps(
+        {
+            "methodConfig": [
+                {
+                    "name": [{"service": "x.Y", "method": "Serial"}],
+                    "retryPolicy": {
+                        "maxAttempts": 3,
+                        "initialBackoff": "0.05s",
+                        "maxBackoff": "0.5s",
+                        "backoffMultiplier": 2,
+                        "retryableStatusCodes": ["UNAVAILABLE"],
+                    },
+                }
+            ]
+        }
+    )
+}
 Ask = Callable[[], Awaitable[str]]
 
 
@@ -68,7 +89,9 @@ async def by_grpc(alice: Any, bob: Any, wanted: Any) -> AsyncIterator[Ask]:
 
     async with (
         grpc_peers.serving(bob, register, authorize=wanted, max_age=SHORT) as port,
-        grpc_peers.channel(alice, "127.0.0.1", port, authorize=exactly(BOB)) as channel,
+        grpc_peers.channel(
+            alice, "127.0.0.1", port, authorize=exactly(BOB), options=RETRIES
+        ) as channel,
     ):
 
         async def ask() -> str:
