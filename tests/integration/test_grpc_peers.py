@@ -1,7 +1,7 @@
 """
 grpcio services that talk by SPIFFE ID: every shape of call, rotations, expiry, authorization.
 
-Source: transport, SEC-17, SEC-57, T-10, JWT-23.  Who gets not a byte stands in
+Each test names its rule.  Who gets not a byte stands in
 tests/security/test_python_peers.py.
 """
 
@@ -566,7 +566,7 @@ REFUSED: dict[str, tuple[Callable[[], list[tuple[str, str]]], str]] = {
 @pytest.mark.parametrize("what", REFUSED)
 @on_uvloop
 async def test_jwt_23_what_is_refused(what: str) -> None:
-    """JWT-23, JWT-14: without exactly one good JWT-SVID for us no servicer is reached."""
+    """JWT-23: without exactly one good JWT-SVID for us no servicer is reached."""
     metadata, expected = REFUSED[what]
     async with with_jwt() as peers:
         code, why = await outcome(peers.call("Who", metadata=metadata()))

@@ -1,7 +1,7 @@
 """
 aiohttp services that talk by SPIFFE ID: kept connections, rotations, expiry, authorization.
 
-Source: SEC-17, JWT-14, JWT-22, FED-43.  Who gets not a byte stands in
+Each test names its rule.  Who gets not a byte stands in
 tests/security/test_python_peers.py.
 """
 
@@ -438,7 +438,7 @@ BEARER: dict[str, tuple[list[str], int, str | None]] = {
 async def test_jwt_22_exactly_one_good_jwt_svid(
     what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """JWT-22, JWT-14: 401 without exactly one good JWT-SVID for us; 403 if it is unwanted."""
+    """JWT-22: 401 without exactly one good JWT-SVID for us; 403 if it is unwanted."""
     values, status, challenge = BEARER[what]
     caplog.set_level("DEBUG")
     async with two(middlewares=[jwt_svids(verifier())]) as both:

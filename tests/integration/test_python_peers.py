@@ -1,7 +1,7 @@
 """
 Python peers on real sources: SVIDs and authorities rotate under load, and no call fails.
 
-Source: SEC-17, FED-43.  The Workload API is the fake of `workload_api.client.testing`, on a
+The Workload API is the fake of `workload_api.client.testing`, on a
 real socket; sources, contexts and connections are the real ones.
 """
 

@@ -1,7 +1,7 @@
 """
 Python peers that refuse: whoever is wrong gets 0 application bytes, and gives none.
 
-Source: SEC-10, SEC-11, SEC-15 to SEC-17, X509-31, FED-43, T-09, T-10.  The wrong end is plain
+Each test names its rule.  The wrong end is plain
 `ssl` in a thread, which trusts everybody and records what it can decrypt; the right end is each
 of the ways that `workload_api.client` offers.
 """

@@ -1,7 +1,8 @@
 """
 A caller's JWT-SVID in a header or in metadata: exactly one, good, for us, and welcome.
 
-Source: JWT-14, JWT-22, JWT-23, JWT-32, SEC-41 to SEC-44, T-08.
+Each test names its rule.  What makes a token good is tested where it is verified, in
+tests/unit/spiffe_core and tests/security/test_jwt_profile.py.
 """
 
 from datetime import timedelta
@@ -84,7 +85,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_jwt_32_what_is_refused(what: str) -> None:
-    """JWT-32, JWT-14: a JWT-SVID is good for its audience, by its own domain's keys alone."""
+    """JWT-32: a JWT-SVID is good for its audience, by its own domain's keys alone."""
     claims, changes, why = REFUSED[what]
     with pytest.raises(JwtRefusedError, match=why):
         asked(f"Bearer {a_token(**claims)}", **{"authorize": any_id(), **changes})
@@ -113,8 +114,8 @@ def test_whatever_stands_there_is_refused_cleanly(values: list[str]) -> None:
         asked(*values)
 
 
-def test_jwt_14_an_audience_is_named() -> None:
-    """JWT-14: a service cannot be made that takes JWT-SVIDs for nobody in particular."""
+def test_an_audience_is_named() -> None:
+    """A service cannot be made that takes JWT-SVIDs for nobody in particular."""
     with pytest.raises(ValueError, match="audience"):
         JwtVerifier(None, "", any_id())  # type: ignore[arg-type]
 

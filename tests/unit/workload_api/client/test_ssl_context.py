@@ -1,7 +1,7 @@
 """
 TLS contexts by SPIFFE ID: what they present, whom they let in, and what can't be set on them.
 
-Source: SEC-10, SEC-11, SEC-16 to SEC-18, T-09.  Refusals with their byte counts stand in
+Each test names its rule.  Refusals with their byte counts stand in
 tests/security/test_python_peers.py.
 """
 
