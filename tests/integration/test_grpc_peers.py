@@ -419,8 +419,8 @@ SHAPES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @on_both_loops
-async def test_sec_57_a_call_says_why_there_is_no_connection(shape: str) -> None:
-    """SEC-57: the details of a call to the wrong server say what was wrong with it."""
+async def test_a_call_says_why_there_is_no_connection(shape: str) -> None:
+    """The details of a call to the wrong server say what was wrong with it."""
     async with two(client={"authorize": exactly(CAROL)}) as peers:
         code, why = await outcome(SHAPES[shape](peers.channel))
         assert code == "UNAVAILABLE"

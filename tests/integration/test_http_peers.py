@@ -68,6 +68,7 @@ class Two:
         self.app = web.Application()
         self.app.router.add_get("/", self.who)
         self.app.router.add_get("/carol", require(exactly(CAROL))(self.who))
+        self.app.router.add_get("/method", self.method)
         self.app.router.add_get("/odd", require(_breaks)(self.who))
         self.app.router.add_view("/partners", Members)
         self.app.router.add_get("/socket", self.socket)
@@ -79,6 +80,11 @@ class Two:
         self.connections.append(request.transport)
         peer = request[PEER]
         return web.json_response({"id": peer.spiffe_id.uri, "serial": peer.serial})
+
+    @require(exactly(CAROL))
+    async def method(self, request: web.Request) -> web.Response:
+        """For carol."""
+        return await self.who(request)
 
     async def socket(self, request: web.Request) -> web.WebSocketResponse:
         """Hold a web socket."""
@@ -164,13 +170,14 @@ async def test_federation() -> None:
             for path, expected in (
                 ("/", CAROL.uri),
                 ("/carol", CAROL.uri),
+                ("/method", CAROL.uri),
                 ("/partners", "partner"),
             ):
                 async with session.get(both.url + path) as answer:
                     assert (answer.status, expected in await answer.text()) == (200, True)
 
 
-@pytest.mark.parametrize("path", ["/carol", "/partners", "/odd"])
+@pytest.mark.parametrize("path", ["/carol", "/method", "/partners", "/odd"])
 @on_uvloop
 async def test_routes_ask_more(path: str) -> None:
     """A handler, or a view's method, asks for more; a check that breaks is a refusal."""

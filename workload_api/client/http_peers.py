@@ -131,20 +131,22 @@ def peers(*, authorize: Matcher | None = None, max_age: timedelta = MAX_AGE) -> 
 
 def require(authorize: Matcher) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
-    Return a decorator for one handler, or one method of a `web.View`: *authorize* on top.
+    Return a decorator for one handler, a function or a method: *authorize* on top.
 
     It looks at the connection itself, and so refuses everybody where there is no SPIFFE TLS.
     """
 
     def decorate(handler: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(handler)
-        async def check(place: web.Request | web.View) -> web.StreamResponse:
+        async def check(*arguments: Any) -> web.StreamResponse:
+            # A function has the request alone, a method itself before it, a view itself alone.
+            place = arguments[-1]
             request = place.request if isinstance(place, web.View) else place
             try:
                 authorize(recheck(request.transport).spiffe_id)
             except Exception:  # noqa: BLE001 whatever it was: nobody we serve
                 return _refusal(403)
-            return await handler(place)
+            return await handler(*arguments)
 
         return check
 
