@@ -3,6 +3,8 @@ grpcio services that talk by SPIFFE ID: every shape of call, rotations, expiry, 
 
 Each test names its rule.  Who gets not a byte stands in
 tests/security/test_python_peers.py.
+
+Over 500 lines: the tables of one subject stay together.
 """
 
 import asyncio

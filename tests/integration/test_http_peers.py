@@ -3,6 +3,8 @@ aiohttp services that talk by SPIFFE ID: kept connections, rotations, expiry, au
 
 Each test names its rule.  Who gets not a byte stands in
 tests/security/test_python_peers.py.
+
+Over 500 lines: the tables of one subject stay together.
 """
 
 import asyncio
