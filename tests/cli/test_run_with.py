@@ -50,11 +50,12 @@ print(json.dumps({{
 }}), flush=True)
 """
 """A program that loads its files, and says what it found."""
+# Their handlers write past the buffer of `print`, which may be busy when the signal comes.
 RELOADS = """
 import os, signal, sys
-signal.signal(signal.SIGHUP, lambda *_: print("HUP", flush=True))
+signal.signal(signal.SIGHUP, lambda *_: os.write(1, b"HUP\\n"))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
-print("up", os.stat(os.environ["SVID_FILE"]).st_ino, flush=True)
+os.write(1, f"up {os.stat(os.environ['SVID_FILE']).st_ino}\\n".encode())
 while True:
     signal.pause()
 """
@@ -66,10 +67,10 @@ import os, pty, sys
 sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
 """
 COUNTS = """
-import signal, sys
+import os, signal, sys
 heard = []
-signal.signal(signal.SIGINT, lambda *_: (heard.append(1), print("caught", flush=True)))
-print("ready", flush=True)
+signal.signal(signal.SIGINT, lambda *_: (heard.append(1), os.write(1, b"caught\\n")))
+os.write(1, b"ready\\n")
 line = sys.stdin.readline()
 print("heard", len(heard), "read", line, flush=True)
 sys.exit(5)

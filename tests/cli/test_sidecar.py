@@ -32,15 +32,16 @@ from workload_api.agent.cli import main
 from workload_api.client.testing import FakeIdentity, FakeWorkloadApi
 
 SIDECAR = [sys.executable, "-m", "workload_api.agent", "sidecar"]
+# It writes past the buffer of `print`, which may be busy when the signal comes.
 COUNTS = """
-import signal, sys
+import os, signal, sys
 heard = 0
 def count(*_):
     global heard
     heard += 1
-    print(heard, flush=True)
+    os.write(1, f"{heard}\\n".encode())
 signal.signal(signal.SIGUSR1, count)
-print("up", flush=True)
+os.write(1, b"up\\n")
 while True:
     signal.pause()
 """
@@ -382,14 +383,12 @@ async def test_a_command_of_its_own(start: Start, fake: FakeWorkloadApi, folder:
     code = """
 import os, signal, sys
 assert os.path.exists(sys.argv[1] + "/svid.key")
-log = open(sys.argv[2], "a", buffering=1)
-signal.signal(signal.SIGHUP, lambda *_: log.write("HUP "))
+log = open(sys.argv[2], "ab", buffering=0)
+signal.signal(signal.SIGHUP, lambda *_: log.write(b"HUP "))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
-log.write("up ")
-log.flush()
+log.write(b"up ")
 while True:
     signal.pause()
-    log.flush()
 """
     sidecar = start(
         command=[sys.executable, "-c", code, f"{folder}/svids", str(told)],
