@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import shutil
+import socket
 import ssl
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ import grpc
 
 from spiffe_core.errors import SpiffeError
 from spiffe_wire.backoff import Backoff
+from spiffe_wire.frontdoor.names import Names
 from spiffe_wire.frontdoor.splice import LINGER_SECONDS, Leg, join, notice_dead_peer
 from spiffe_wire.frontdoor.tls import peer_chain
 from spiffe_wire.logs import event
@@ -87,6 +89,7 @@ class Dialer:
         interceptors: Callable[["Dialer"], Sequence[Any]] = lambda _: (),
     ) -> None:
         self._address = (host, port)
+        self._names = Names(host)
         self._context = context
         self._check = check
         self._runtime_dir = runtime_dir
@@ -179,14 +182,7 @@ class Dialer:
         host, port = self._address
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await loop.create_connection(
-                    lambda: far,
-                    host,
-                    port,
-                    ssl=self._context(),
-                    server_hostname=_sni(host),
-                    ssl_shutdown_timeout=LINGER_SECONDS,
-                )
+                await self._begin_tls(far, await self._connect())
             notice_dead_peer(far.socket)
             self._check(peer_chain(far.ssl_object))
             if far.ssl_object.selected_alpn_protocol() != "h2":
@@ -203,6 +199,39 @@ class Dialer:
         self._backoff.reset()
         far.joined = True
         join(near, far)
+
+    async def _connect(self) -> socket.socket:
+        """Connect to the first of the server's addresses that answers."""
+        loop = asyncio.get_running_loop()
+        problem = OSError("it has no address")
+        for address in await self._names.addresses():
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            made = socket.socket(family, socket.SOCK_STREAM)
+            made.setblocking(False)
+            try:
+                await loop.sock_connect(made, (address, self._address[1]))
+            except OSError as error:
+                made.close()
+                problem = error
+            except BaseException:
+                made.close()
+                raise
+            else:
+                return made
+        raise problem
+
+    async def _begin_tls(self, far: Leg, connected: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().create_connection(
+                lambda: far,
+                sock=connected,
+                ssl=self._context(),
+                server_hostname=_sni(self._address[0]),
+                ssl_shutdown_timeout=LINGER_SECONDS,
+            )
+        except BaseException:
+            connected.close()
+            raise
 
     def _dismissed(self) -> None:
         host, port = self._address

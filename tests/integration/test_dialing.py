@@ -2,7 +2,9 @@
 
 import asyncio
 import random
+import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -12,16 +14,21 @@ import pytest
 
 from spiffe_wire.backoff import Backoff
 from spiffe_wire.frontdoor import dialer as dialing
+from spiffe_wire.frontdoor import names
 from spiffe_wire.frontdoor.dialer import Dialer
 from tests.support.stack import a_folder
 
+SOON = timedelta(milliseconds=1)
+
 
 @asynccontextmanager
-async def a_dialer(port: int, backoff: Backoff) -> AsyncIterator[Dialer]:
+async def a_dialer(
+    port: int, backoff: Backoff, host: str = "127.0.0.1"
+) -> AsyncIterator[Dialer]:
     """A dialer to *port* of this machine, which trusts nobody."""
     with a_folder() as folder:
         async with Dialer(
-            "127.0.0.1", port, context=lambda: ssl.create_default_context(),
+            host, port, context=lambda: ssl.create_default_context(),
             check=lambda _: None, runtime_dir=folder / "i",
         ) as dialer:  # fmt: skip
             dialer._backoff = backoff
@@ -124,3 +131,68 @@ def test_sec_107_full_jitter(seed: int) -> None:
         bound = min(0.2 * 2**number, 15)
         assert max(pauses) <= bound and min(pauses) < bound / 10
         assert abs(sum(pauses) / len(pauses) - bound / 2) < bound / 10
+
+
+@pytest.mark.parametrize("addresses", [["127.0.0.1"], ["127.0.0.2", "127.0.0.1"]])
+async def test_a_name_with_several_addresses(
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str]
+) -> None:
+    """The first address that answers is taken; those before it are tried."""
+    came = asyncio.get_running_loop().create_future()
+
+    async def hear(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.set_result(writer.get_extra_info("sockname")[0])
+        writer.close()
+
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in addresses]
+    monkeypatch.setattr(names.socket, "getaddrinfo", lambda *_, **__: found)
+    server = await asyncio.start_server(hear, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        async with a_dialer(port, Backoff(SOON, SOON), "server.test") as dialer:
+            asking = asyncio.create_task(ask(dialer))
+            assert await asyncio.wait_for(came, 5) == "127.0.0.1"
+            await asking
+
+
+async def test_sec_107_a_resolver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SEC-107: one look-up at a time, the call fails in time, and nobody waits at the end."""
+    asked, go = [], threading.Event()
+
+    def hang(host: str, *_: object, **__: object) -> list[object]:
+        asked.append(host)
+        go.wait(30)
+        return []
+
+    monkeypatch.setattr(names.socket, "getaddrinfo", hang)
+    monkeypatch.setattr(dialing, "CONNECT_TIMEOUT", 0.05)
+    loop = asyncio.get_running_loop()
+    try:
+        async with a_dialer(1, Backoff(SOON, SOON), "server.test") as dialer:
+            for _ in range(3):
+                assert await ask(dialer) in (
+                    grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED,
+                )  # fmt: skip
+            assert "TimeoutError" in dialer.problem
+            leaving = loop.time()
+        assert loop.time() - leaving < 5, "the resolver would have hung for 30 s"
+        assert asked == ["server.test"]
+    finally:
+        go.set()
+
+
+async def test_a_name_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the resolver says is said, and it is asked again at the next dial."""
+    asked = 0
+
+    def refuse(*_: object, **__: object) -> list[object]:
+        nonlocal asked
+        asked += 1
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(names.socket, "getaddrinfo", refuse)
+    async with a_dialer(1, Backoff(SOON, SOON), "server.test") as dialer:
+        await ask(dialer)
+        while asked < 2:
+            await ask(dialer)
+        assert "Name or service not known" in dialer.problem
