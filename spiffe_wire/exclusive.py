@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spiffe_core.errors import PreconditionError
+from spiffe_wire import privatefolder
 
 
 @contextlib.contextmanager
@@ -42,7 +43,5 @@ def held(folder: Path, setting: str) -> Iterator[None]:
 
 def without_leftovers(folder: Path) -> Path:
     """Return *folder*, emptied of what processes that were killed have left in it."""
-    import shutil  # here, as it costs who never needs it 2 MB
-
-    shutil.rmtree(folder, ignore_errors=True)
+    privatefolder.remove(folder)
     return folder

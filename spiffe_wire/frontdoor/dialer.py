@@ -11,10 +11,8 @@ import asyncio
 import contextlib
 import json
 import logging
-import shutil
 import socket
 import ssl
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any, Final, Self
 import grpc
 
 from spiffe_core.errors import SpiffeError
+from spiffe_wire import privatefolder
 from spiffe_wire.backoff import Backoff
 from spiffe_wire.frontdoor.names import Names
 from spiffe_wire.frontdoor.splice import LINGER_SECONDS, Leg, join, notice_dead_peer
@@ -105,8 +104,7 @@ class Dialer:
         """Why the last connection failed; empty after one that did not."""
 
     async def __aenter__(self) -> Self:
-        self._runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._private = Path(tempfile.mkdtemp(prefix="c", dir=self._runtime_dir))
+        self._private = privatefolder.make(self._runtime_dir, "c")
         path = self._private / "s"
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_unix_server(self._accept, str(path))
@@ -128,7 +126,7 @@ class Dialer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        shutil.rmtree(self._private, ignore_errors=True)
+        privatefolder.remove(self._private)
 
     @property
     def channel(self) -> Any:

@@ -11,10 +11,8 @@ import asyncio
 import logging
 import os
 import secrets
-import shutil
 import socket
 import ssl
-import tempfile
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ import grpc
 
 from spiffe_core.errors import ForbiddenError, InternalError, NotReadyError, SpiffeError
 from spiffe_core.x509svid import X509Svid
+from spiffe_wire import privatefolder
 from spiffe_wire.frontdoor import kernel
 from spiffe_wire.frontdoor.acceptor import Acceptor
 from spiffe_wire.frontdoor.conduct import Conduct, ConductError
@@ -111,9 +110,8 @@ class FrontDoor:
         self.proof = PeerProof.PIDFD
 
     async def __aenter__(self) -> Self:
-        self._runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # 0700, and reached by descriptor: its names fit sun_path wherever it lies.
-        self._private = Path(tempfile.mkdtemp(prefix="d", dir=self._runtime_dir))
+        # Reached by descriptor: its names fit sun_path wherever it lies.
+        self._private = privatefolder.make(self._runtime_dir, "d")
         self._folder = os.open(self._private, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._inner = -1
         self._server = grpc.aio.server(interceptors=self._interceptors, options=self._options)
@@ -223,7 +221,7 @@ class FrontDoor:
             if descriptor >= 0:
                 os.close(descriptor)
         self._inner = self._folder = -1
-        shutil.rmtree(self._private, ignore_errors=True)
+        privatefolder.remove(self._private)
 
     def _fresh_path(self) -> Path:
         return Path(f"/proc/self/fd/{self._folder}/{secrets.token_hex(16)}")

@@ -250,7 +250,7 @@ class SvidFolder:
                 self._remove_set(name)
 
     def _remove_set(self, name: str) -> None:
-        # Not by `shutil`, which costs every sidecar 2 MB: a set has no folders in it.
+        # Not by `shutil`, which costs every sidecar memory: a set has no folders in it.
         place = os.open(name, os.O_RDONLY | os.O_DIRECTORY | _NOFOLLOW, dir_fd=self._folder)
         try:
             for one in os.listdir(place):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from spiffe_core.errors import MalformedError
+from spiffe_wire import privatefolder
 from spiffe_wire.endpoint import ENVIRONMENT_VARIABLE
 from workload_api.sidecar.app import serve
 from workload_api.sidecar.config import (
@@ -138,7 +139,7 @@ def private_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        _remove(folder)
+        privatefolder.remove(folder)
 
 
 def _place() -> Path:
@@ -172,12 +173,6 @@ def _remove_leftovers(place: Path) -> None:
                     continue
                 # Whoever lives holds it (`spiffe_wire.exclusive`).
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(one)
+                privatefolder.remove(one)
             finally:
                 os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
-    import shutil  # here, as it costs 2 MB, and is needed at the end
-
-    shutil.rmtree(folder, ignore_errors=True)
