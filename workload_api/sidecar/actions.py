@@ -147,7 +147,8 @@ class Actions:
 def _pid_of(path: Path) -> int:
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_PID_BYTES).strip()
+            # The first line: PostgreSQL's own file goes on after it.
+            text = file.readline(MAX_PID_BYTES).strip()
     except FileNotFoundError as error:
         raise NobodyError(f"there is no {path}") from error
     except OSError as error:

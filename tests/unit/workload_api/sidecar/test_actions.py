@@ -99,9 +99,12 @@ def sleeper() -> Iterator[int]:
         yield child.pid
 
 
-async def test_a_signal_by_pid_file(children: Children, tmp_path: Path, sleeper: int) -> None:
-    """The process whose number the file holds is signalled."""
-    (tmp_path / "pid").write_text(f"{sleeper}\n")
+@pytest.mark.parametrize("rest", ["", "\n", "\n/var/lib/data\n5432\n"])
+async def test_a_signal_by_pid_file(
+    children: Children, tmp_path: Path, sleeper: int, rest: str
+) -> None:
+    """The process whose number is the file's first line is signalled."""
+    (tmp_path / "pid").write_text(f"{sleeper}{rest}")
     done = actions(children, Action(signal="TERM", pid_file=tmp_path / "pid"))
     await done.after(ALL)
     assert (done.done, done.failures) == (1, 0)
@@ -110,8 +113,17 @@ async def test_a_signal_by_pid_file(children: Children, tmp_path: Path, sleeper:
 
 @pytest.mark.parametrize(
     ("content", "failures"),
-    [(None, 0), ("999999999\n", 0), ("0", 1), ("1", 1), ("-1", 1), ("x", 1), ("", 1)],
-    ids=["missing", "ended", "own-group", "first", "all", "text", "empty"],
+    [
+        (None, 0),
+        ("999999999\n", 0),
+        ("0", 1),
+        ("1", 1),
+        ("-1", 1),
+        ("x", 1),
+        ("", 1),
+        ("\n999999999\n", 1),
+    ],
+    ids=["missing", "ended", "own-group", "first", "all", "text", "empty", "second-line"],
 )
 async def test_a_pid_file_that_names_nobody(
     content: str | None, failures: int, children: Children, tmp_path: Path
