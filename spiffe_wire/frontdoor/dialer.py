@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import socket
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -180,7 +179,7 @@ class Dialer:
         host, port = self._address
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await self._begin_tls(far, await self._connect())
+                await self._connect(far)
             notice_dead_peer(far.socket)
             self._check(peer_chain(far.ssl_object))
             if far.ssl_object.selected_alpn_protocol() != "h2":
@@ -198,38 +197,27 @@ class Dialer:
         far.joined = True
         join(near, far)
 
-    async def _connect(self) -> socket.socket:
-        """Connect to the first of the server's addresses that answers."""
-        loop = asyncio.get_running_loop()
+    async def _connect(self, far: Leg) -> None:
+        """Connect *far* to the first of the addresses that answers, and shake hands."""
+        host, port = self._address
         problem = OSError("it has no address")
         for address in await self._names.addresses():
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            made = socket.socket(family, socket.SOCK_STREAM)
-            made.setblocking(False)
             try:
-                await loop.sock_connect(made, (address, self._address[1]))
-            except OSError as error:
-                made.close()
-                problem = error
-            except BaseException:
-                made.close()
+                await asyncio.get_running_loop().create_connection(
+                    lambda: far,
+                    address,
+                    port,
+                    ssl=self._context(),
+                    server_hostname=_sni(host),
+                    ssl_shutdown_timeout=LINGER_SECONDS,
+                )
+            except ssl.SSLError:
                 raise
+            except OSError as error:
+                problem = error
             else:
-                return made
+                return
         raise problem
-
-    async def _begin_tls(self, far: Leg, connected: socket.socket) -> None:
-        try:
-            await asyncio.get_running_loop().create_connection(
-                lambda: far,
-                sock=connected,
-                ssl=self._context(),
-                server_hostname=_sni(self._address[0]),
-                ssl_shutdown_timeout=LINGER_SECONDS,
-            )
-        except BaseException:
-            connected.close()
-            raise
 
     def _dismissed(self) -> None:
         host, port = self._address
