@@ -151,8 +151,7 @@ async def test_a_new_svid_costs_no_request(
             for number in range(RELOADS):
                 name = "server" if number % 2 else "server-named"
                 expected.append(install(papers, name, folder))
-                reload()
-                await all_see(expected[-1], callers, tasks)
+                await taken_over(reload, expected[-1], callers, tasks)
             assert not pending.done()
             release.set()
             assert await asyncio.wait_for(pending, 20) == expected[0]
@@ -164,9 +163,29 @@ async def test_a_new_svid_costs_no_request(
         assert all(one.calls > RELOADS for one in callers)
 
 
+async def taken_over(
+    reload: Callable[[], None],
+    serial: int,
+    callers: list[Caller],
+    tasks: list[asyncio.Task[None]],
+) -> None:
+    """
+    Reload until every caller is shown *serial*.
+
+    Once more if it must be: haproxy's master takes no notice of a USR2 that comes while it
+    still carries out the one before, which goes on for a moment after its workers serve.
+    """
+    for _ in range(5):
+        reload()
+        with contextlib.suppress(TimeoutError):
+            await all_see(serial, callers, tasks)
+            return
+    raise AssertionError("the new SVID was never taken")
+
+
 async def all_see(serial: int, callers: list[Caller], tasks: list[asyncio.Task[None]]) -> None:
     """Wait until every caller is shown *serial*, or one of them has failed."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(4):
         while not all(one.serials and one.serials[-1] == serial for one in callers):
             for task in tasks:
                 if task.done():
