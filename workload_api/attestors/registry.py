@@ -88,6 +88,17 @@ class Attestation:
             peer.check_alive()
 
     async def _all(self, peer: UnixPeer, ends_at: float) -> list[_Found]:
+        found = await self._shared(peer, ends_at)
+        # A look that somebody else began waits for a slot no longer than he can.
+        while found is None and asyncio.get_running_loop().time() < ends_at:
+            found = await self._shared(peer, ends_at)
+        if found is None:
+            raise NotReadyError("too many processes are being attested; try again")
+        # Everything was read from /proc by number: only now is it known whose it is.
+        peer.check_alive()
+        return found
+
+    async def _shared(self, peer: UnixPeer, ends_at: float) -> list[_Found] | None:
         # A push wakes every stream of a process at once, and a busy one calls without a pause:
         # who comes before a look has begun gets what it saw, for it is as fresh as his own.
         look = self._looks.get(peer)
@@ -96,33 +107,32 @@ class Attestation:
             look.task = asyncio.create_task(self._look(peer, look, ends_at))
         look.callers += 1
         try:
-            found = await asyncio.shield(look.task)
+            return await asyncio.shield(look.task)
         finally:
             look.callers -= 1
             if not look.callers:
+                self._close(peer, look)  # before it is given up: nobody may join it any more
                 look.task.cancel()
-        if found is None:
-            raise NotReadyError("too many processes are being attested; try again")
-        # Everything was read from /proc by number: only now is it known whose it is.
-        peer.check_alive()
-        return found
 
     async def _look(self, peer: UnixPeer, look: _Look, ends_at: float) -> list[_Found] | None:
         """Return what each attestor found, or None if no slot came free in time."""
         try:
             async with asyncio.timeout_at(ends_at) as limit, self.slots.slot(peer.uid):
                 limit.reschedule(None)  # from here on each attestor has its own
-                del self._looks[peer]  # and whoever comes now has a look of his own
+                self._close(peer, look)  # and whoever comes now has a look of his own
                 if len(self._attestors) == 1:
                     return [await self._one(self._attestors[0], peer, ends_at)]
                 return await asyncio.gather(
                     *(self._one(one, peer, ends_at) for one in self._attestors)
                 )
         except TimeoutError:
+            self._close(peer, look)
             return None
-        finally:
-            if self._looks.get(peer) is look:
-                del self._looks[peer]
+
+    def _close(self, peer: UnixPeer, look: _Look) -> None:
+        """Have nobody join *look* from here on."""
+        if self._looks.get(peer) is look:
+            del self._looks[peer]
 
     def _attested(self, found: Sequence[_Found]) -> Attested:
         selectors: SelectorSet = frozenset()

@@ -1,6 +1,7 @@
 """All attestors together: limits, failures, and a process that must live throughout."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import ClassVar
@@ -212,6 +213,59 @@ async def test_sec_36_calls_of_one_connection_share_a_look(leaving: int) -> None
         *["0"] * (10 - leaving), "1", "2",
     ]  # fmt: skip
     assert attestation.slots.held == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+async def test_nobody_joins_a_look_that_is_given_up(steps: int) -> None:
+    """Who comes as the only caller goes, while it waits for a slot, has a look of his own."""
+    go = asyncio.Event()
+
+    async def attest(peer: UnixPeer) -> SelectorSet:
+        await go.wait()
+        return frozenset({Selector("a", "1")})
+
+    attestation = Attestation([Fake(attest, "good")])
+    with a_child() as child:
+        busy = [
+            asyncio.create_task(attestation.attest(child.peer(uid=uid))) for uid in range(100)
+        ]
+        await asyncio.sleep(0.01)
+        peer = child.peer()
+        gone = asyncio.create_task(attestation.attest(peer))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        gone.cancel()
+        joining = asyncio.create_task(attestation.attest(peer))
+        await asyncio.gather(gone, return_exceptions=True)
+        go.set()
+        assert (await joining).selectors == {Selector("a", "1")}
+        await asyncio.gather(*busy)
+    assert attestation.slots.held == 0 and not attestation._looks
+
+
+async def test_who_joins_late_waits_as_long_as_anybody() -> None:
+    """SEC-80: a call has its five seconds, though the look that it joined began before it."""
+    go = asyncio.Event()
+
+    async def attest(peer: UnixPeer) -> SelectorSet:
+        await go.wait()
+        return frozenset({Selector("a", "1")})
+
+    attestation = Attestation([Fake(attest, "good")], timeout=LATE)
+    with a_child() as child:
+        peer = child.peer(uid=1)
+        async with contextlib.AsyncExitStack() as slots:
+            for uid in range(2, 34):
+                await slots.enter_async_context(attestation.slots.slot(uid))
+            early = asyncio.create_task(attestation.attest(peer))
+            await asyncio.sleep(LATE.total_seconds() / 2)
+            late = asyncio.create_task(attestation.attest(peer))
+            with pytest.raises(NotReadyError, match="too many"):
+                await early
+            go.set()
+            assert not late.done()
+        assert (await late).selectors == {Selector("a", "1")}
+    assert attestation.slots.held == 0 and not attestation._looks
 
 
 async def test_sec_31_a_shared_look_of_a_process_that_ended() -> None:
