@@ -8,7 +8,6 @@ with it unless one is named.
 import contextlib
 import fcntl
 import os
-import secrets
 import shlex
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,8 +133,7 @@ def private_folder() -> Iterator[Path]:
     """
     place = _place()
     _remove_leftovers(place)
-    folder = place / f"{PREFIX}{secrets.token_hex(6)}"
-    folder.mkdir(mode=0o700)  # a umask can only take from that
+    folder = privatefolder.make(place, PREFIX)
     try:
         yield folder
     finally:
