@@ -3,6 +3,8 @@ An agent that proves its node by its pod's token, through its life: processes fo
 
 The API server is a stand-in in this loop; server and agents are processes that know it by a
 kubeconfig.  SVIDs of agents live for ten seconds here, the least that a server allows.
+
+Over 500 lines: the tables of one subject stay together.
 """
 
 import asyncio

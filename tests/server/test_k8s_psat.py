@@ -4,6 +4,8 @@
 One server knows one cluster under several names, each with other settings, and a second one.
 Each case of the tables changes one thing that is right in `test_a_node_joins`; a node of its
 own keeps it apart from the others.
+
+Over 500 lines: the tables of one subject stay together.
 """
 
 import asyncio

@@ -2,6 +2,8 @@
 Signing ahead for pods: only for those of this node, and with their UID (architecture A5).
 
 Against servers of tests: one that has our service, and one that has SPIRE's alone.
+
+Over 500 lines: the tables of one subject stay together.
 """
 
 import asyncio
