@@ -9,13 +9,16 @@ BOOT  := python3 tools/bootstrap.py
 JOBS  ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-pods test check format lint types imports unit bench again test-root \
+.PHONY: help setup demo demo-pods test check format lint types imports unit bench again test-root \
         test-docker wheel-test proto docs tables requirements audit clean
 
 help: ## Show this list
 	@echo "spiffe-issuer: workload identity from a fresh clone.  Start with: make demo"
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 22
+
+setup: ## Only set up: what the tests and every page of docs/ need, in .venv and .venv-envoy
+	@$(BOOT) dev
 
 demo: ## Server, agent, two workloads in mutual TLS, a refusal, a renewal (JSON=1 for programs)
 	@$(BOOT) run

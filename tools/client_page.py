@@ -16,8 +16,8 @@ HEAD = """
 
 For programs that hold an identity of their own, and check whose program is at the other end.
 How to use it: [Python services](../howto/python-service.md), [gRPC](../howto/grpc-service.md),
-[tests](../howto/test-your-service.md). `pip install 'spiffe-issuer[client]'` brings aiohttp,
-which `http_peers` alone needs.
+[tests](../howto/test-your-service.md). The extra `client`
+(`pip install '/path/to/the/clone[client]'`) brings aiohttp, which `http_peers` alone needs.
 
 Everything that makes a connection takes *material*: an `X509Source`, or anything else with
 `identity`, `bundles` and `on_change`. Everything that accepts a peer takes *authorize*: one of

@@ -19,7 +19,7 @@ try:
     from yarl import URL
 except ImportError as error:  # pragma: no cover - proved in a process of its own
     raise ImportError(
-        "workload_api.client.http_peers needs aiohttp: pip install 'spiffe-issuer[client]'"
+        "workload_api.client.http_peers needs aiohttp: install that, or spiffe-issuer[client]"
     ) from error
 
 from spiffe_core.errors import UnauthenticatedError
